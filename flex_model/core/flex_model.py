@@ -1,0 +1,566 @@
+"""The wrapper: registers hooks on any model, sharded or not, and takes them all off again."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import weakref
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from inspect import signature
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from flex_model.core.groups import ALL, HookGroups, Members
+from flex_model.core.hook_function import EditingFunction, HookFunction
+from flex_model.core.hook_point import HookPoint, Kind, PointKey
+from flex_model.core.parameters import whole_parameter
+from flex_model.core.records import Keep, Records
+from flex_model.core.session import Session
+from flex_model.distributed.broadcast import broadcast_module
+from flex_model.distributed.mesh import (
+    ParallelMesh,
+    build_mesh,
+    device_type_of,
+    from_device_mesh,
+)
+from flex_model.errors import ConfigurationError, RegistrationError, UnknownModuleError
+from flex_model.layouts.resolve import Loss, groups_of
+
+__all__ = ["FlexModel"]
+
+
+class FlexModel(nn.Module):
+    """Wraps a model so that hook functions see and edit its activations whole.
+
+    The wrapped model may be sharded by fairscale, megatron-core, torch's ``parallelize_module``,
+    transformers' ``tp_plan`` or DDP, or not at all. Every rank wraps its part and registers the
+    same hooks; each hook function then works on the one whole tensor, with the values, gradients
+    and random draws that one process would have. "One process" means: fed all data-parallel ranks'
+    microbatches, with the mean (or sum) of their losses.
+
+    Args:
+        module: the model on this rank.
+        output_ptr: dict that records go to: ``output_ptr[module_name]`` is a list of whole,
+            detached CPU tensors, one per call, each the value before any edit. It is only appended
+            to; clear it yourself. A further kind of hook on one module records under
+            ``"module_name:kind"`` (see :meth:`record_key`).
+        tensor_parallel_size: ranks a layer is spread over. Sizes may be left at 1 where they can
+            be read off the model or its framework.
+        pipeline_parallel_size: pipeline stages.
+        data_parallel_size: replicas that get different batches.
+        process_group: the ranks that hold the model; None for all.
+        mesh: keyword only. A ``DeviceMesh`` with dims named out of "pp", "dp", "tp", in place of
+            the sizes.
+        keep: keyword only. Where records are kept: "first" (the model's first rank; the other
+            ranks' dicts stay empty), "all", or one global rank.
+        data_parallel_loss: keyword only. "mean" if the ranks' losses are averaged, "sum" if added.
+        seed: keyword only. Of random edits; the same on every rank.
+        batch_dim: keyword only. Dim of the model's input tensors that data parallelism cuts.
+
+    Raises:
+        ConfigurationError: sizes, mesh or options do not fit the job.
+
+    Example:
+        >>> activations = {}
+        >>> model = FlexModel(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), activations)
+        >>> model.register_forward_hook(HookFunction("0"))
+        >>> _ = model(torch.ones(2, 4))
+        >>> activations["0"][0].shape
+        torch.Size([2, 8])
+        >>> plain = model.restore()
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        output_ptr: dict[str, list[Tensor]],
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        process_group: ProcessGroup | None = None,
+        *,
+        mesh: DeviceMesh | None = None,
+        keep: Keep = "first",
+        data_parallel_loss: Loss = "mean",
+        seed: int = 0,
+        batch_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_arguments(module, output_ptr, data_parallel_loss)
+        sizes = {
+            "pp": pipeline_parallel_size,
+            "dp": data_parallel_size,
+            "tp": tensor_parallel_size,
+        }
+        self._install(
+            module, _mesh_of(module, sizes, process_group, mesh), output_ptr, keep,
+            seed=seed, loss=data_parallel_loss, batch_dim=batch_dim,
+        )  # fmt: skip
+
+    def _install(
+        self,
+        module: nn.Module,
+        mesh: ParallelMesh,
+        output_ptr: dict[str, list[Tensor]],
+        keep: Keep,
+        **options: Any,
+    ) -> None:
+        self.module = module
+        self.output_ptr = output_ptr
+        self._session = Session(module, mesh, Records(output_ptr, keep, mesh), **options)
+        self._keep = keep
+        self._options = options
+        self.trainable_modules = self._session.modules
+        self._groups = HookGroups()
+        self._points: dict[PointKey, HookPoint] = {}
+        self._kinds: dict[HookFunction, Kind] = {}
+        self._undo: list[Callable[[], None]] = []
+        # A FlexModel that is dropped without restore() must not leave its hooks behind.
+        self._finalizer = weakref.finalize(self, _undo_all, self._session, self._undo)
+
+    # -- registering -----------------------------------------------------------------------
+
+    def register_forward_hook(self, hook_function: HookFunction) -> None:  # type: ignore[override]
+        """Visit a module's output.
+
+        Args:
+            hook_function: what to retrieve and how to edit it.
+
+        Raises:
+            UnknownModuleError: no such module; the message names the nearest.
+            RegistrationError: the hook function is registered already.
+        """
+        self._register(hook_function, "forward")
+
+    def register_forward_pre_hook(self, hook_function: HookFunction) -> None:  # type: ignore[override]
+        """Visit a module's input, positional or by keyword. See :meth:`register_forward_hook`."""
+        self._register(hook_function, "forward_pre")
+
+    def register_full_backward_hook(self, hook_function: HookFunction) -> None:  # type: ignore[override]
+        """Visit the gradient of a module's positional input.
+
+        The whole gradient is that of the one-process loss. Calls in which no gradient reaches the
+        input are passed over. See :meth:`register_forward_hook`.
+        """
+        self._register(hook_function, "full_backward")
+
+    def register_full_backward_pre_hook(self, hook_function: HookFunction) -> None:  # type: ignore[override]
+        """Visit the gradient of a module's output. See :meth:`register_full_backward_hook`."""
+        self._register(hook_function, "full_backward_pre")
+
+    def register_hook(self, hook_function: HookFunction) -> None:
+        """Visit the gradient of a parameter, named in place of a module.
+
+        The whole gradient is the parameter's in the one-process loss, before accumulation.
+        """
+        self._register(hook_function, "tensor")
+
+    def register_trainable_module(self, name: str, module: nn.Module) -> None:
+        """Hand a module to every editing function, as ``modules[name]``.
+
+        Collective: parameters and buffers are broadcast from the model's first rank. Since edits
+        run on the whole tensor on every rank, the module's gradients come out whole and equal on
+        every rank, with no reduction of the caller's.
+
+        Raises:
+            RegistrationError: the name is taken, or no module is given.
+        """
+        if not isinstance(module, nn.Module):
+            raise RegistrationError(
+                f"Trainable module {name!r} must be an nn.Module, got {type(module).__name__}."
+            )
+        if name in self.trainable_modules:
+            raise RegistrationError(f"A trainable module named {name!r} is registered already.")
+        broadcast_module(module, self._session.mesh)
+        self.trainable_modules[name] = module
+
+    def _register(self, hook: HookFunction, kind: Kind) -> None:
+        if not isinstance(hook, HookFunction):
+            raise RegistrationError(f"Expected a HookFunction, got {type(hook).__name__}.")
+        if hook in self._kinds:
+            raise RegistrationError(
+                f"{hook!r} is registered already. Make another HookFunction for another place."
+            )
+        key = PointKey(hook.module_name, kind, hook.unpack_idx)
+        owner, tensor = self._target(hook.module_name, kind)
+        point = self._points.get(key)
+        if point is None:
+            point = HookPoint(key, owner, self._session, self._record_key_for(key))
+            point.add(hook)
+            self._attach(point, owner, tensor)
+            self._points[key] = point
+            self._session.points.append(point)
+        else:
+            point.add(hook)
+        self._kinds[hook] = kind
+        self._groups.add(hook)
+        self._session.attach()
+
+    def _target(self, name: str, kind: Kind) -> tuple[nn.Module, Tensor | None]:
+        """The module to hook, and for a parameter the tensor."""
+        if kind == "tensor":
+            parameters = dict(self.module.named_parameters())
+            if name not in parameters:
+                raise _unknown("parameter", name, parameters)
+            return self.module.get_submodule(name.rpartition(".")[0]), parameters[name]
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        if name not in modules:
+            raise _unknown("module", name, modules)
+        return modules[name], None
+
+    def _attach(self, point: HookPoint, module: nn.Module, tensor: Tensor | None) -> None:
+        handles: list[Any] = []
+        kind = point.key.kind
+        if kind == "forward":
+            handles.append(module.register_forward_hook(point.on_forward))
+        elif kind == "forward_pre":
+            handles.append(module.register_forward_pre_hook(point.on_forward_pre, with_kwargs=True))
+        elif kind == "tensor":
+            if tensor is None or not tensor.requires_grad:
+                raise RegistrationError(
+                    f"Parameter {point.key.name} has requires_grad=False: it never gets a gradient."
+                )
+            handles.append(tensor.register_hook(point.on_parameter_gradient))
+        else:
+            self._undo.append(_restorer_of_backward_flag(module))
+            if kind == "full_backward":
+                handles.append(module.register_forward_pre_hook(point.observe))
+                handles.append(module.register_full_backward_hook(point.on_gradients))
+            else:
+                handles.append(module.register_forward_hook(point.observe))
+                handles.append(module.register_full_backward_pre_hook(point.on_gradients))
+        self._undo.extend(handle.remove for handle in handles)
+
+    def _record_key_for(self, key: PointKey) -> str:
+        taken = {point.record_key for point in self._points.values()}
+        if key.name not in taken:
+            return key.name
+        return f"{key.name}:{key.kind}" + (f"[{key.index}]" if key.index else "")
+
+    def record_key(self, hook_function: HookFunction) -> str:
+        """Where a registered hook function's records are found in ``output_ptr``.
+
+        The first kind of hook on a module records under the module's name, as in flex-model 0.1.0;
+        a further kind (or another ``unpack_idx``) under ``"name:kind"`` (``"name:kind[idx]"``), so
+        that forward and backward records never share a list. Hook functions of one kind on one
+        tensor share one record per call, made before the first edit.
+        """
+        self._groups.groups_of(hook_function)
+        kind = self._kinds[hook_function]
+        key = PointKey(hook_function.module_name, kind, hook_function.unpack_idx)
+        return self._points[key].record_key
+
+    # -- groups ----------------------------------------------------------------------------
+
+    def create_hook_group(
+        self,
+        group_name: str,
+        group_constructor: str,
+        expected_shape: Sequence[int | None] | None = None,
+        editing_function: EditingFunction | None = None,
+        unpack_idx: int = 0,
+        hook_type: Kind = "forward",
+    ) -> None:
+        """Make one hook function per module whose name contains a string, as a group.
+
+        Args:
+            group_name: the group; it may exist.
+            group_constructor: part of the module names (of the parameter names for "tensor").
+            expected_shape: for each hook function.
+            editing_function: for each hook function.
+            unpack_idx: for each hook function.
+            hook_type: "forward", "forward_pre", "full_backward", "full_backward_pre" or "tensor".
+
+        Raises:
+            UnknownModuleError: nothing matches.
+            RegistrationError: no such hook type.
+        """
+        if hook_type not in (
+            "forward",
+            "forward_pre",
+            "full_backward",
+            "full_backward_pre",
+            "tensor",
+        ):
+            raise RegistrationError(f"There is no hook type {hook_type!r}.")
+        named = (
+            self.module.named_parameters() if hook_type == "tensor" else self.module.named_modules()
+        )
+        names = [name for name, _ in named]
+        matching = [name for name in names if group_constructor in name]
+        if not matching:
+            raise _unknown("module", group_constructor, names)
+        hooks = [
+            HookFunction(name, expected_shape, editing_function, unpack_idx) for name in matching
+        ]
+        for hook in hooks:
+            self._register(hook, hook_type)
+        self._groups.extend(hooks, group_name)
+
+    def update_hook_groups(self, group_constructor: Members, group_name: str) -> None:
+        """Put hook functions into a group.
+
+        Args:
+            group_constructor: hook functions, one, or a part of their module names.
+            group_name: the group; made if it does not exist.
+        """
+        self._groups.extend(group_constructor, group_name)
+
+    def remove_hook_groups(self, group_constructor: Members, group_name: str) -> None:
+        """Take hook functions out of a group (not out of "all").
+
+        Raises:
+            GroupError: the group does not exist, or is "all".
+        """
+        self._groups.reduce(group_constructor, group_name)
+
+    def get_hook_function_groups(self, hook_function: HookFunction) -> set[str]:
+        """The groups a hook function belongs to."""
+        return self._groups.groups_of(hook_function)
+
+    def get_group_hook_functions(self, group_name: str) -> list[HookFunction]:
+        """The hook functions of a group, in order of registration."""
+        return self._groups.members(group_name)
+
+    def hook_groups(
+        self, groups: str | Iterable[str] = ALL, complement: bool = False
+    ) -> AbstractContextManager[None]:
+        """Switch on only these groups while inside, for calls that are not this ``forward``.
+
+        Example:
+            >>> with model.hook_groups("steering"):
+            ...     model.generate(**prompt)
+        """
+        return self._session.only(self._groups.active(groups, complement))
+
+    # -- running ---------------------------------------------------------------------------
+
+    def forward(
+        self,
+        *args: Any,
+        groups: str | Iterable[str] = ALL,
+        complement: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the wrapped model with hooks.
+
+        Args:
+            *args: passed to the wrapped model.
+            groups: hook groups to run. If the wrapped model has a keyword of this name itself, it
+                gets it; choose groups by :meth:`hook_groups` then.
+            complement: run every hook but those.
+            **kwargs: passed to the wrapped model.
+
+        Raises:
+            GroupError: a group that does not exist.
+        """
+        taken = _own_keywords(self.module) & {"groups", "complement"}
+        if taken:
+            kwargs.update({"groups": groups} if groups is not ALL and "groups" in taken else {})
+            kwargs.update(
+                {"complement": complement} if complement and "complement" in taken else {}
+            )
+            return self._run(args, kwargs)
+        if groups == ALL and not complement:
+            return self._run(args, kwargs)
+        with self.hook_groups(groups, complement):
+            return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        try:
+            return self.module(*args, **kwargs)
+        except BaseException:
+            self._session.close()
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        """What FlexModel has not itself (``generate``, ``config``...) is the wrapped model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    # -- looking inside --------------------------------------------------------------------
+
+    @property
+    def save_ctx(self) -> Namespace:
+        """The namespace that editing functions store what they like in."""
+        return self._session.save_ctx
+
+    @property
+    def wrapped_module_names(self) -> list[str]:
+        """Names of the wrapped model's submodules, the root's ("") first."""
+        return [name for name, _ in self.module.named_modules()]
+
+    @property
+    def trainable_modules_names(self) -> list[str]:
+        """Names of the trainable modules."""
+        return list(self.trainable_modules.keys())
+
+    @property
+    def all_modules_names(self) -> list[str]:
+        """Names of the wrapped model's submodules, then of the trainable modules."""
+        return self.wrapped_module_names + self.trainable_modules_names
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The wrapped model's parameters under their own names, then the trainable modules'.
+
+        A trainable module's parameters are named ``trainable_modules.<name>.<parameter>``, so an
+        optimizer over ``parameters()`` trains them too.
+        """
+        yield from self.module.named_parameters(prefix, recurse, remove_duplicate)
+        inner = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
+        yield from self.trainable_modules.named_parameters(inner, recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As :meth:`named_parameters`, for buffers."""
+        yield from self.module.named_buffers(prefix, recurse, remove_duplicate)
+        inner = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
+        yield from self.trainable_modules.named_buffers(inner, recurse, remove_duplicate)
+
+    def get_module_parameter(
+        self, parameter_name: str, expected_shape: Sequence[int | None] | None = None
+    ) -> Tensor:
+        """A whole parameter, in one-process order, as a detached CPU copy on every rank.
+
+        Collective over the ranks that hold its shards.
+
+        Args:
+            parameter_name: as ``named_parameters()`` of the wrapped model spells it.
+            expected_shape: whole sizes, None where they are to be filled in; only needed where
+                nothing tells how the parameter lies.
+
+        Raises:
+            UnknownModuleError: no such parameter.
+            HintError: a hint that does not fit.
+        """
+        parameters = dict(self.module.named_parameters())
+        if parameter_name not in parameters:
+            raise _unknown("parameter", parameter_name, parameters)
+        return whole_parameter(
+            self.module,
+            parameter_name,
+            parameters[parameter_name],
+            self._session.mesh,
+            tuple(expected_shape) if expected_shape is not None else None,
+        )
+
+    # -- leaving ---------------------------------------------------------------------------
+
+    def restore(self) -> nn.Module:
+        """Take every hook off and return the wrapped model, as it was before.
+
+        Trainable modules, records and the save context stay with the FlexModel, and hook functions
+        may be registered again, here or elsewhere.
+        """
+        _undo_all(self._session, self._undo)
+        self._points.clear()
+        self._kinds.clear()
+        self._groups.clear()
+        self._session.points.clear()
+        return self.module
+
+    def __enter__(self) -> FlexModel:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.restore()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlexModel:
+        """A copy with a model, trainable modules and hooks of its own, on the same ranks."""
+        hooks = dict(self._kinds)
+        groups = {hook: self._groups.groups_of(hook) for hook in hooks}
+        self.restore()
+        try:
+            module = copy.deepcopy(self.module, memo)
+        finally:
+            self._register_again(hooks, groups)
+        other = type(self).__new__(type(self))
+        nn.Module.__init__(other)
+        records = copy.deepcopy(self.output_ptr, memo)
+        other._install(module, self._session.mesh, records, self._keep, **self._options)
+        for name, trainable in self.trainable_modules.items():
+            other.trainable_modules[name] = copy.deepcopy(trainable, memo)
+        copies = {hook: copy.copy(hook) for hook in hooks}
+        other._register_again(
+            {copies[hook]: kind for hook, kind in hooks.items()},
+            {copies[hook]: names for hook, names in groups.items()},
+        )
+        return other
+
+    def _register_again(
+        self, hooks: dict[HookFunction, Kind], groups: dict[HookFunction, set[str]]
+    ) -> None:
+        for hook, kind in hooks.items():
+            self._register(hook, kind)
+            for group in groups[hook] - {ALL}:
+                self._groups.extend(hook, group)
+
+
+def _check_arguments(module: Any, output_ptr: Any, loss: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"FlexModel wraps an nn.Module, got {type(module).__name__}.")
+    if not isinstance(output_ptr, dict):
+        raise ConfigurationError(
+            f"output_ptr must be the dict that records go to, got {type(output_ptr).__name__}."
+        )
+    if loss not in ("mean", "sum"):
+        raise ConfigurationError(f'data_parallel_loss must be "mean" or "sum", got {loss!r}.')
+
+
+def _mesh_of(
+    module: nn.Module,
+    sizes: dict[str, int],
+    process_group: ProcessGroup | None,
+    mesh: DeviceMesh | None,
+) -> ParallelMesh:
+    if mesh is not None:
+        if any(size != 1 for size in sizes.values()) or process_group is not None:
+            raise ConfigurationError("Give either a mesh, or sizes and a process_group, not both.")
+        return from_device_mesh(mesh)
+    adopted = groups_of(module) if dist.is_available() and dist.is_initialized() else {}
+    built = build_mesh(sizes, process_group, adopted, device_type_of(module))
+    if built.size("pp") > 1:
+        raise ConfigurationError(
+            "Pipeline-parallel models are not supported yet: hooks would see one stage's layers "
+            "only. Wrap each stage on its own process_group with the tp and dp sizes."
+        )
+    return built
+
+
+def _own_keywords(module: nn.Module) -> set[str]:
+    return set(signature(module.forward).parameters)
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> UnknownModuleError:
+    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+    return UnknownModuleError(f"The wrapped model has no {what} {name!r}.{hint}")
+
+
+def _restorer_of_backward_flag(module: nn.Module) -> Callable[[], None]:
+    """torch marks a module that ever had a full backward hook and never takes the mark off."""
+    before = module._is_full_backward_hook
+
+    def restore() -> None:
+        module._is_full_backward_hook = before
+
+    return restore
+
+
+def _undo_all(session: Session, undo: list[Callable[[], None]]) -> None:
+    session.detach()
+    while undo:
+        undo.pop()()

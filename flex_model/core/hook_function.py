@@ -1,0 +1,67 @@
+"""What a user asks for at one hook point."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.distributed.tensor.placement_types import Placement
+
+__all__ = ["EditingFunction", "HookFunction"]
+
+EditingFunction = Callable[[nn.Module, Tensor, Namespace, nn.ModuleDict], Tensor]
+
+
+class HookFunction:
+    """Retrieves, and optionally edits, one activation of the wrapped model.
+
+    The editing function gets the **whole** tensor, in the order one process would have it, on
+    every rank: tensor-parallel shards and data-parallel batches are gathered first and cut again
+    afterwards. It runs on every rank alike, so whatever it computes, trains or draws at random is
+    the same everywhere.
+
+    Args:
+        module_name: path of the module to hook, as ``named_modules()`` spells it; of the parameter
+            for :meth:`FlexModel.register_hook`.
+        expected_shape: whole-tensor sizes, None where they are to be filled in. Not needed where
+            the layout is found; checked where it is.
+        editing_function: ``f(current_module, inputs, save_ctx, modules) -> Tensor``. ``inputs`` is
+            the whole tensor (may be changed in place); the result must have its shape, dtype and
+            device. None retrieves only: nothing of the forward or backward changes.
+        unpack_idx: which tensor of the module's output (or input, or gradients), counting tensors
+            only, over args then kwargs for pre-hooks.
+        placements: keyword only. Placement by mesh dim ("tp", "dp"), overruling what is found.
+        gradients: keyword only. Placement of the gradient by mesh dim, for a value that is
+            replicated but whose gradient is not (``Partial()``), or the other way round.
+
+    A loss built on a whole tensor (stored in ``save_ctx``, say) must be computed on every rank:
+    each rank's gradient is its own slice of the whole one.
+
+    Example:
+        >>> def edit(current_module, inputs, save_ctx, modules):
+        ...     save_ctx.norm = inputs.norm(dim=-1)
+        ...     return modules["probe"](inputs)
+        >>> hook = HookFunction("model.layers.3.mlp.up_proj", editing_function=edit)
+    """
+
+    def __init__(
+        self,
+        module_name: str,
+        expected_shape: Sequence[int | None] | None = None,
+        editing_function: EditingFunction | None = None,
+        unpack_idx: int = 0,
+        *,
+        placements: Mapping[str, Placement] | None = None,
+        gradients: Mapping[str, Placement] | None = None,
+    ) -> None:
+        self.module_name = module_name
+        self.expected_shape = tuple(expected_shape) if expected_shape is not None else None
+        self.editing_function = editing_function
+        self.unpack_idx = unpack_idx
+        self.placements = dict(placements or {})
+        self.gradients = dict(gradients or {})
+
+    def __repr__(self) -> str:
+        edit = getattr(self.editing_function, "__name__", None) or repr(self.editing_function)
+        return f"HookFunction({self.module_name!r}, editing_function={edit})"

@@ -1,0 +1,250 @@
+"""The way of one activation.
+
+    module fires -> unpack -> layout here -> gather -> record -> edit -> re-shard -> repack
+
+All hook functions of one kind on one tensor of one module share a hook point: it is gathered once,
+passes through their editing functions in order of registration, and is re-sharded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flex_model.core.hook_function import EditingFunction, HookFunction
+from flex_model.core.point_layout import PointLayout
+from flex_model.core.randomness import RandomStreams, in_backward
+from flex_model.core.session import Session
+from flex_model.core.unpacking import count_tensors, find_tensor
+from flex_model.distributed.gradients import GradientMemory
+from flex_model.distributed.routing import gather, reshard
+from flex_model.errors import EditError, LayoutError
+from flex_model.layouts.layout import ActivationLayout
+
+__all__ = ["HookPoint", "Kind"]
+
+Kind = Literal["forward", "forward_pre", "full_backward", "full_backward_pre", "tensor"]
+
+
+@dataclass(frozen=True)
+class PointKey:
+    """What hook functions must share to share a hook point."""
+
+    name: str
+    kind: Kind
+    index: int
+
+    @property
+    def label(self) -> str:
+        """``layers.0.mlp forward output 0``: for messages, digests and random streams."""
+        return f"{self.name} {self.kind} {self.index}"
+
+
+class HookPoint:
+    """One tensor at one module's boundary, with the hook functions that visit it.
+
+    Args:
+        key: module name, kind and tensor index.
+        module: the module, for editing functions.
+        session: what all points share.
+        record_key: where its records go in ``output_ptr``.
+    """
+
+    def __init__(self, key: PointKey, module: nn.Module, session: Session, record_key: str) -> None:
+        self.key = key
+        self.label = key.label
+        self.record_key = record_key
+        self.hooks: list[HookFunction] = []
+        self._module = module
+        self._session = session
+        self._memory = GradientMemory(self.where)
+        self._layouts = PointLayout(key.name, key.kind, key.index, module, session, self.where)
+        self._streams = RandomStreams(session.seed, key.label)
+        self._positions: list[int] = []
+
+    @property
+    def where(self) -> str:
+        """Module, kind and rank, for messages."""
+        return f"{self.key.name} ({self.key.kind}, rank {self._session.mesh.rank})"
+
+    @property
+    def gather_backwards(self) -> int:
+        return self._memory.gather_backwards
+
+    def add(self, hook: HookFunction) -> None:
+        """Let a hook function visit this point, after those already here."""
+        self.hooks.append(hook)
+        self._layouts.take_hints(hook)
+
+    def needs_trace(self) -> bool:
+        return self._layouts.needs_trace()
+
+    # -- what torch calls ------------------------------------------------------------------
+
+    def on_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        active = self._active()
+        if not active:
+            return None
+        if self._session.trace is not None:
+            self._session.mark_output(self.key.name, module, output)
+        found = find_tensor(output, self.key.index)
+        if found is None:
+            raise self._missing("returned", output)
+        tensor, repack = found
+        result = self._visit(tensor, active)
+        return None if result is tensor else repack(result)
+
+    def on_forward_pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        active = self._active()
+        if not active:
+            return None
+        found = find_tensor((args, kwargs), self.key.index)
+        if found is None:
+            raise self._missing("was called with", (args, kwargs))
+        tensor, repack = found
+        result = self._visit(tensor, active)
+        return None if result is tensor else repack(result)
+
+    def on_gradients(
+        self, module: nn.Module, grad_input: Any, grad_output: Any = None
+    ) -> tuple[Tensor | None, ...] | None:
+        """Both full backward hooks: torch passes what may be replaced first."""
+        active = self._active()
+        gradients = grad_input if isinstance(grad_input, tuple) else (grad_input,)
+        if not active or self.key.index >= len(self._positions):
+            return None
+        at = self._positions[self.key.index]
+        gradient = gradients[at]
+        if gradient is None:  # nothing flows here: there is neither a value nor a shape to edit
+            return None
+        result = self._visit(gradient, active, transposed=True)
+        if result is gradient:
+            return None
+        return (*gradients[:at], result, *gradients[at + 1 :])
+
+    def on_parameter_gradient(self, gradient: Tensor) -> Tensor | None:
+        active = self._active()
+        if not active:
+            return None
+        result = self._visit(gradient, active, transposed=True)
+        return None if result is gradient else result
+
+    def observe(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        """In forward, learn the layout of the tensor whose gradient this point will see."""
+        if not self._active():
+            return
+        if self.key.kind == "full_backward_pre" and self._session.trace is not None:
+            self._session.mark_output(self.key.name, module, output)
+        side = args if self.key.kind == "full_backward" else output
+        tree = side if isinstance(side, tuple) else (side,)
+        self._positions = [i for i, item in enumerate(tree) if isinstance(item, Tensor)]
+        if self.key.index >= len(self._positions):
+            raise self._missing(
+                "has, as positional inputs or outputs that torch gives gradients of,", tree
+            )
+        tensor = tree[self._positions[self.key.index]]
+        with self._session.untraced():
+            self._layouts.of(tensor)
+
+    # -- the way of one activation ---------------------------------------------------------
+
+    def _active(self) -> list[HookFunction]:
+        session = self._session
+        if session.active is None:
+            return self.hooks
+        return [hook for hook in self.hooks if hook in session.active]
+
+    def _visit(
+        self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool = False
+    ) -> Tensor:
+        edits = [h.editing_function for h in active if h.editing_function is not None]
+        recompute = not transposed and in_backward()
+        with self._session.untraced():
+            layout = self._layouts.of(tensor, gradient=transposed)
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if transposed:
+                layout = self._memory.measured(layout, local, self._session.mesh).transposed()
+            if not edits:
+                if not recompute:
+                    self._session.records.collect(self.record_key, local, layout)
+                return tensor
+            edited = self._edited(local, layout, edits, recompute)
+            if edited is local:
+                return tensor
+            result = _like(edited, tensor)
+        if self._session.trace is not None and not transposed:
+            self._session.trace.mark(result, self._layouts.marks_of(layout, result.ndim))
+        return result
+
+    def _edited(
+        self,
+        local: Tensor,
+        layout: ActivationLayout,
+        edits: Sequence[EditingFunction],
+        recompute: bool,
+    ) -> Tensor:
+        """Gather, record, edit, re-shard; ``local`` itself where the edits changed nothing."""
+        mesh, memory = self._session.mesh, self._memory
+        whole = gather(local, layout, mesh, memory)
+        if not recompute:
+            self._session.records.store(self.record_key, whole)
+        version = None if whole.is_inference() else whole._version
+        edited = whole
+        for order, edit in enumerate(edits):
+            with self._streams.isolated(local, order):
+                result = edit(self._module, edited, self._session.save_ctx, self._session.modules)
+            edited = self._checked(result, edited, edit)
+        untouched = edited is whole and version is not None and whole._version == version
+        if untouched and (layout.told or not whole.requires_grad):
+            return local
+        return reshard(edited, layout, mesh, memory)
+
+    def _checked(self, result: Any, due: Tensor, edit: EditingFunction) -> Tensor:
+        """What an editing function returned, fit to take the activation's place."""
+        name = getattr(edit, "__name__", repr(edit))
+
+        def refuse(got: str, way_out: str) -> EditError:
+            return EditError(
+                f"{self.where}: editing function {name} returned {got}, but a tensor of shape "
+                f"{tuple(due.shape)}, {due.dtype} on {due.device} was due. {way_out}"
+            )
+
+        if not isinstance(result, Tensor):
+            way_out = "Return the edited tensor." if result is None else "Return a torch.Tensor."
+            raise refuse("None" if result is None else type(result).__name__, way_out)
+        if result.shape != due.shape:
+            raise refuse(f"shape {tuple(result.shape)}", "An edit keeps the activation's shape.")
+        if result.device != due.device:
+            raise refuse(f"a tensor on {result.device}", "Move it back before returning it.")
+        if result.dtype != due.dtype:
+            autocast = torch.is_autocast_enabled(due.device.type)
+            if not (autocast and result.is_floating_point() and due.is_floating_point()):
+                raise refuse(f"dtype {result.dtype}", f"Return result.to({due.dtype}).")
+            result = result.to(due.dtype)
+        return result
+
+    def _missing(self, verb: str, tree: Any) -> LayoutError:
+        kinds = [type(item).__name__ for item in (tree if isinstance(tree, tuple) else (tree,))]
+        return LayoutError(
+            f"{self.where}: unpack_idx={self.key.index}, but the module {verb} "
+            f"{count_tensors(tree)} tensors (in {', '.join(kinds) or 'nothing'})."
+        )
+
+
+def _like(edited: Tensor, tensor: Tensor) -> Tensor:
+    """A DTensor again, if the module dealt in one."""
+    if not isinstance(tensor, DTensor):
+        return edited
+    return DTensor.from_local(
+        edited,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

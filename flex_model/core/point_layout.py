@@ -1,0 +1,254 @@
+"""The layout at one hook point: asked once per shape, remembered, and verified where inferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.placement_types import Placement
+
+from flex_model.core.hook_function import HookFunction
+from flex_model.core.session import Session
+from flex_model.distributed.gradients import ranks_agree
+from flex_model.errors import HintError, LayoutError
+from flex_model.layouts.dtensor import placements_by_name, shard_sizes
+from flex_model.layouts.layout import ActivationLayout, is_sharded
+from flex_model.layouts.marks import FOREIGN, UNKNOWN, WHOLE, Cut, Mark, from_placement
+from flex_model.layouts.resolve import Known, parameter_placement, resolve, tell
+from flex_model.layouts.sources import Side, Site, Told
+
+__all__ = ["PointLayout"]
+
+_SIDES: dict[str, Side] = {
+    "forward": "output",
+    "forward_pre": "input",
+    "full_backward": "input",
+    "full_backward_pre": "output",
+}
+_ONE_PROCESS = ActivationLayout()
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """Marks as they were seen, and the sizes they were seen at."""
+
+    marks: dict[str, Mark]
+    shape: tuple[int, ...]
+    batch: int
+
+
+class PointLayout:
+    """How the tensors that pass one hook point lie over the mesh.
+
+    Args:
+        name: module (or parameter) path.
+        kind: hook kind; decides whether inputs, outputs or a parameter are meant.
+        index: which of the tensors.
+        module: the module hooked.
+        session: what all points share.
+        where: module, kind and rank, for messages.
+    """
+
+    def __init__(
+        self, name: str, kind: str, index: int, module: nn.Module, session: Session, where: str
+    ) -> None:
+        self._name = name
+        self._side = _SIDES.get(kind)
+        self._index = index
+        self._module = module
+        self._session = session
+        self._where = where
+        self._expected_shape: tuple[int | None, ...] | None = None
+        self._placements: dict[str, Placement] = {}
+        self._gradients: dict[str, Placement] = {}
+        self._traced: dict[int, _Traced] = {}
+        self._found: dict[Any, ActivationLayout] = {}
+        self._by_shape: dict[tuple[int, ...], ActivationLayout] = {}
+        self._verified: set[str] = set()
+
+    def take_hints(self, hook: HookFunction) -> None:
+        """Adopt a hook function's hints.
+
+        Raises:
+            HintError: they contradict those of another hook function at this point.
+        """
+        if hook.expected_shape is not None:
+            if self._expected_shape not in (None, hook.expected_shape):
+                raise HintError(
+                    f"{self._where}: two hook functions expect {self._expected_shape} and "
+                    f"{hook.expected_shape} of the same tensor."
+                )
+            self._expected_shape = hook.expected_shape
+        unknown = {*hook.placements, *hook.gradients} - {"pp", "dp", "tp"}
+        if unknown:
+            raise HintError(f"{self._where}: hints name mesh dims {unknown}; there are pp, dp, tp.")
+        self._placements.update(hook.placements)
+        self._gradients.update(hook.gradients)
+        self._found.clear()
+
+    def needs_trace(self) -> bool:
+        """Whether some mesh dim's placement is left for the trace to find."""
+        if self._side is None or self._traced:
+            return False
+        told = {*self._placements}
+        if self._told(ndim=3) is not None:
+            told.add("tp")
+        return bool(set(self._session.sizes) - told)
+
+    def of(self, tensor: Tensor, *, gradient: bool = False) -> ActivationLayout:
+        """The layout of a tensor at this point; of the activation a gradient belongs to.
+
+        Raises:
+            LayoutError: nothing tells how it lies.
+            HintError: a hint that does not fit.
+        """
+        if not self._session.sizes:
+            return _ONE_PROCESS
+        shape = tuple(tensor.shape)
+        if gradient and not isinstance(tensor, DTensor) and shape in self._by_shape:
+            return self._by_shape[shape]  # of the forward it belongs to, whatever came since
+        own = tensor.placements if isinstance(tensor, DTensor) else None
+        key = (shape, own, gradient, self._session.batch_sizes, self._traced.get(tensor.ndim))
+        found = self._found.get(_hashable(key))
+        if found is None:
+            found = self._resolved(tensor, gradient)
+            self._found[_hashable(key)] = found
+        if not gradient:
+            self._by_shape[shape] = found
+        return found
+
+    def marks_of(self, layout: ActivationLayout, ndim: int) -> dict[str, Mark]:
+        """What the trace should know of a tensor that leaves this point."""
+        return {
+            dim.name: from_placement(dim.value, ndim)
+            for dim in layout.dims
+            if dim.value is not None
+        }
+
+    def _resolved(self, tensor: Tensor, gradient: bool) -> ActivationLayout:
+        known = self._known(tensor, gradient)
+        layout = resolve(known)
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        measured: dict[str, Mark] = {}
+        for dim in layout.dims:
+            group = self._session.mesh.group(dim.name)
+            certain = dim.name in known.placements or (dim.name == "tp" and known.told is not None)
+            if certain or dim.name in self._verified or self._side is None:
+                continue
+            settled_by_hint = known.marks.get(dim.name) in (None, FOREIGN, UNKNOWN)
+            if dim.value is None or isinstance(dim.value, Replicate):
+                if not ranks_agree(local, group):
+                    raise self._undecided(dim.name, tensor, inferred=dim.value is not None)
+                measured[dim.name] = WHOLE
+                self._verified.add(dim.name)
+            elif settled_by_hint and ranks_agree(local, group):
+                raise HintError(
+                    f"{self._where}: expected_shape {self._expected_shape} would gather dim "
+                    f"{dim.value} over {dim.name}, but the local tensor {tuple(local.shape)} is "
+                    "the same on every rank there. Give its local size, or None."
+                )
+        if not measured:
+            return layout
+        self._remember_measured(tensor.ndim, known, measured)
+        return resolve(self._known(tensor, gradient))
+
+    def _remember_measured(self, ndim: int, known: Known, measured: dict[str, Mark]) -> None:
+        traced = self._traced.get(ndim)
+        marks = {**known.marks, **measured}
+        shape = traced.shape if traced is not None else tuple(known.local_shape)
+        self._traced[ndim] = _Traced(marks, shape, traced.batch if traced else self._batch())
+
+    def _known(self, tensor: Tensor, gradient: bool) -> Known:
+        session = self._session
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        placements, gradients, uneven = dict(self._placements), dict(self._gradients), {}
+        if isinstance(tensor, DTensor):
+            for name, placement in placements_by_name(tensor, session.dim_names).items():
+                # A replicated DTensor's gradient is made whole by from_local and to_local.
+                term = gradient and isinstance(placement, Partial)
+                placements.setdefault(name, Replicate() if term else placement)
+                if not is_sharded(placement):
+                    gradients.setdefault(name, Partial() if term else Replicate())
+                sizes = shard_sizes(tensor, placement, session.sizes[name])
+                if sizes is not None:
+                    uneven[name] = sizes
+        marks = self._marks(tensor)
+        ragged = self._ragged(marks.get("dp"), tuple(local.shape))
+        if ragged is not None:
+            uneven["dp"] = ragged
+        return Known(
+            where=self._where,
+            sizes=session.sizes,
+            local_shape=tuple(local.shape),
+            told=self._told(local.ndim),
+            placements=placements,
+            gradients=gradients,
+            marks=marks,
+            expected_shape=self._expected_shape,
+            uneven=uneven,
+            loss=session.loss,
+        )
+
+    def _told(self, ndim: int) -> Told | None:
+        root = self._session.root
+        if self._side is not None:
+            return tell(Site(root, self._name, self._module, self._side, self._index, ndim))
+        placement = parameter_placement(root, self._name, root.get_parameter(self._name))
+        return Told(placement, placement) if placement is not None else None
+
+    def _marks(self, tensor: Tensor) -> dict[str, Mark]:
+        """From the trace under way, else as seen before, at this tensor's sizes."""
+        if self._side is None:
+            return dict.fromkeys(self._session.sizes, WHOLE)
+        trace = self._session.trace
+        seen = self._traced.get(tensor.ndim)
+        if trace is not None and (seen is None or not self._verified):
+            found = trace.marks_of(tensor)
+            marks = {n: WHOLE if n in self._verified else m for n, m in found.items()}
+            self._traced[tensor.ndim] = _Traced(marks, tuple(tensor.shape), self._batch())
+            return marks
+        return self._resized(seen, tensor) if seen is not None else {}
+
+    def _resized(self, seen: _Traced, tensor: Tensor) -> dict[str, Mark]:
+        """Marks at another batch or sequence length: the blocks of an inner cut change too."""
+        marks = dict(seen.marks)
+        for name, mark in seen.marks.items():
+            if isinstance(mark, Cut) and mark.outer > 1 and tuple(tensor.shape) != seen.shape:
+                inner = seen.shape[mark.dim] // mark.outer
+                if name == "dp":
+                    inner = inner // seen.batch * self._batch()
+                marks[name] = Cut(mark.dim, tensor.shape[mark.dim] // inner)
+        return marks
+
+    def _batch(self) -> int:
+        """This rank's batch in this forward."""
+        sizes = self._session.batch_sizes
+        return sizes[self._session.mesh.coordinate("dp")] if sizes else 1
+
+    def _ragged(self, mark: Mark | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Every rank's length of the batch-cut dim, where the ranks' batches differ."""
+        batches = self._session.batch_sizes
+        if not isinstance(mark, Cut) or len(set(batches)) <= 1:
+            return None
+        per_sample = shape[mark.dim] // mark.outer // max(1, self._batch())
+        return tuple(per_sample * batch for batch in batches)
+
+    def _undecided(self, dim: str, tensor: Tensor, *, inferred: bool) -> LayoutError:
+        why = (
+            "the program computes it alike on every rank, yet the values differ (code that depends "
+            "on the rank?)"
+            if inferred
+            else "no framework tells how it lies, and the ranks hold different values"
+        )
+        return LayoutError(
+            f"{self._where}: over {dim} ({self._session.sizes[dim]} ranks), for the local tensor "
+            f"{tuple(tensor.shape)}: {why}. Give expected_shape with the whole sizes, or "
+            f'HookFunction(..., placements={{"{dim}": Shard(d)}}).'
+        )
+
+
+def _hashable(key: tuple[Any, ...]) -> Any:
+    *plain, traced = key
+    return (*plain, id(traced))

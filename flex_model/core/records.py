@@ -1,0 +1,66 @@
+"""Where a captured activation goes: the caller's dict, as whole CPU tensors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from flex_model.distributed.mesh import ParallelMesh
+from flex_model.distributed.routing import assemble, assemble_on
+from flex_model.errors import ConfigurationError
+from flex_model.layouts.layout import ActivationLayout
+
+__all__ = ["Keep", "Records"]
+
+Keep = Literal["first", "all"] | int
+
+
+class Records:
+    """Appends whole, detached CPU copies to ``output_ptr[key]``, one per call, in call order.
+
+    Args:
+        output_ptr: the caller's dict; it is only ever appended to, clearing it is the caller's.
+        keep: which ranks hold the records: the model's first rank, all, or one global rank.
+        mesh: the job's ranks.
+
+    Raises:
+        ConfigurationError: ``keep`` is none of these, or a rank without this model.
+    """
+
+    def __init__(self, output_ptr: dict[str, list[Tensor]], keep: Keep, mesh: ParallelMesh) -> None:
+        if keep == "first":
+            keep = mesh.ranks[0]
+        if keep != "all" and (isinstance(keep, bool) or keep not in mesh.ranks):
+            raise ConfigurationError(
+                f'keep={keep!r} is none of "first", "all" and the model\'s ranks {mesh.ranks}.'
+            )
+        self.output_ptr = output_ptr
+        self._keep = keep
+        self._mesh = mesh
+
+    @property
+    def here(self) -> bool:
+        """Whether this rank holds records."""
+        return self._keep == "all" or self._keep == self._mesh.rank
+
+    def store(self, key: str, whole: Tensor) -> None:
+        """Record a tensor that is whole on this rank already."""
+        if self.here:
+            self._append(key, whole.detach().to("cpu", copy=True))
+
+    def collect(self, key: str, local: Tensor, layout: ActivationLayout) -> None:
+        """Make a tensor whole where records are kept, and only there, and record it."""
+        if not layout.moves_value:
+            self.store(key, local)
+            return
+        local = local.detach()
+        if self._keep == "all":
+            whole: Tensor | None = assemble(local, layout, self._mesh)
+        else:
+            whole = assemble_on(local, layout, self._mesh, int(self._keep))
+        if whole is not None:
+            self._append(key, whole.to("cpu"))
+
+    def _append(self, key: str, whole: Tensor) -> None:
+        self.output_ptr.setdefault(key, []).append(whole)

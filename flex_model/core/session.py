@@ -1,0 +1,225 @@
+"""What all hook points of one FlexModel share, and the one forward that is under way."""
+
+from __future__ import annotations
+
+import zlib
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from flex_model.core.hook_function import HookFunction
+from flex_model.core.randomness import in_backward
+from flex_model.core.records import Records
+from flex_model.core.unpacking import tensors_in
+from flex_model.distributed.agreement import StepFacts, agree
+from flex_model.distributed.mesh import ParallelMesh
+from flex_model.layouts.dtensor import placements_by_name
+from flex_model.layouts.marks import FOREIGN, WHOLE, Cut, Mark, from_placement
+from flex_model.layouts.resolve import Loss, parameter_placement, tell
+from flex_model.layouts.sources import Site
+from flex_model.layouts.trace import LayoutTrace
+
+__all__ = ["Session"]
+
+
+class Point(Protocol):
+    """What the session needs of a hook point."""
+
+    label: str
+
+    @property
+    def gather_backwards(self) -> int: ...
+
+    @property
+    def hooks(self) -> list[HookFunction]: ...
+
+    def needs_trace(self) -> bool: ...
+
+
+class Session:
+    """Shared state of the hook points, and the boundaries of each forward.
+
+    Attributes:
+        root: the wrapped model.
+        mesh: the job's ranks.
+        records: where captured tensors go.
+        save_ctx: the users' namespace, handed to editing functions.
+        modules: the trainable modules, handed to editing functions.
+        seed: of the random streams.
+        loss: how the losses of data-parallel ranks combine.
+        batch_dim: dim of the model's inputs along which dp cuts.
+        active: hook functions switched on; None means all.
+        batch_sizes: batch of every data-parallel rank in this forward.
+        trace: marks of this forward's tensors, if it is watched.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        mesh: ParallelMesh,
+        records: Records,
+        *,
+        seed: int,
+        loss: Loss,
+        batch_dim: int,
+    ) -> None:
+        self.root = root
+        self.mesh = mesh
+        self.sizes = {name: mesh.size(name) for name in mesh.names}
+        self.dim_names = {_ranks_of(mesh, name): name for name in mesh.names}
+        self.records = records
+        self.save_ctx = Namespace()
+        self.modules = nn.ModuleDict()
+        self.seed = seed
+        self.loss: Loss = loss
+        self.batch_dim = batch_dim
+        self.points: list[Point] = []
+        self.active: frozenset[HookFunction] | None = None
+        self.batch_sizes: tuple[int, ...] = ()
+        self.trace: LayoutTrace | None = None
+        self._depth = 0
+        self._handles: list[Any] = []
+        self._layer_handles: list[Any] = []
+
+    def is_active(self, hook: HookFunction) -> bool:
+        """Whether a hook function runs in this forward."""
+        return self.active is None or hook in self.active
+
+    @contextmanager
+    def only(self, hooks: frozenset[HookFunction] | None) -> Iterator[None]:
+        """Switch on these hook functions alone, while inside."""
+        before, self.active = self.active, hooks
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def untraced(self) -> AbstractContextManager[None]:
+        """Keep what runs inside out of the trace, if there is one."""
+        return self.trace.paused() if self.trace is not None else nullcontext()
+
+    def attach(self) -> None:
+        """Follow the root's forwards, however they are started (``generate`` too)."""
+        if self._handles or not self.mesh.names:
+            return
+        self._handles = [
+            self.root.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.root.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Leave the root as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.close()
+
+    def close(self) -> None:
+        """End the forward that is under way, whatever interrupted it."""
+        self._depth = 0
+        if self.trace is not None:
+            trace, self.trace = self.trace, None
+            self._unwatch()
+            trace.__exit__(None, None, None)
+
+    def dtensor_marks(self, tensor: DTensor) -> dict[str, Mark]:
+        """How a DTensor lies over the job's mesh."""
+        placements = placements_by_name(tensor, self.dim_names)
+        return {name: from_placement(p, tensor.ndim) for name, p in placements.items()}
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1 or in_backward():
+            return
+        active = [p for p in self.points if any(self.is_active(h) for h in p.hooks)]
+        if not active:
+            return
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._agree(active, inputs)
+        if any(point.needs_trace() for point in active):
+            self._watch(inputs, list(tensors_in((args, kwargs))))
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0:
+            self.close()
+
+    def _agree(self, active: list[Point], inputs: list[Tensor]) -> None:
+        facts = StepFacts(
+            hooks=self._digest(active),
+            gather_backwards=sum(point.gather_backwards for point in self.points),
+            input_shape=tuple(inputs[0].shape) if inputs else (),
+            batch_dim=self.batch_dim,
+        )
+        device = inputs[0].device if inputs else torch.device("cpu")
+        self.batch_sizes = agree(self.mesh, facts, device)
+
+    def _digest(self, active: list[Point]) -> int:
+        labels = [
+            f"{point.label}*{sum(self.is_active(h) for h in point.hooks)}" for point in active
+        ]
+        return zlib.crc32("\n".join(labels).encode())
+
+    def _watch(self, inputs: list[Tensor], with_caches: list[Tensor]) -> None:
+        """Enter a trace whose starting marks are the model's parameters and inputs."""
+        groups = {name: self.mesh.group(name) for name in self.mesh.names}
+        trace = LayoutTrace(groups, self.dtensor_marks)
+        names = {id(p): n for n, p in self.root.named_parameters()}
+        trace.mark_parameters(
+            self.root, lambda tensor: self._parameter_marks(names.get(id(tensor)), tensor)
+        )
+        plain = {id(tensor) for tensor in inputs}
+        for tensor in with_caches:
+            trace.mark(tensor, self._input_marks(tensor, inputs[0], id(tensor) in plain))
+        self.trace = trace
+        self._watch_layers(trace)
+        trace.__enter__()
+
+    def _parameter_marks(self, name: str | None, tensor: Tensor) -> Mapping[str, Mark]:
+        placement = parameter_placement(self.root, name, tensor) if name else None
+        return {"tp": from_placement(placement, tensor.ndim)} if placement else {}
+
+    def _input_marks(self, tensor: Tensor, first: Tensor, plain: bool) -> dict[str, Mark]:
+        """Batch over dp; whole over tp, but for what an earlier forward left (a cache)."""
+        at = self.batch_dim
+        batch = first.shape[at] if first.ndim > at else -1
+        marks: dict[str, Mark] = {"tp": WHOLE if plain else FOREIGN}
+        fits = tensor.ndim > at and tensor.shape[at] == batch
+        # A lone dim as long as the batch may as well be positions: it fits whatever it meets.
+        marks["dp"] = WHOLE if not fits else FOREIGN if tensor.ndim == 1 else Cut(at)
+        return marks
+
+    def _watch_layers(self, trace: LayoutTrace) -> None:
+        """Let the frameworks' word stand over what was followed through a layer's inside."""
+        if "tp" not in self.sizes:
+            return
+        for name, module in self.root.named_modules():
+            if tell(Site(self.root, name, module, "output", 0, 3)) is not None:
+                handle = module.register_forward_hook(
+                    lambda m, a, out, name=name: self.mark_output(name, m, out)
+                )
+                self._layer_handles.append(handle)
+
+    def mark_output(self, name: str, module: nn.Module, output: Any) -> None:
+        """Mark a parallel layer's outputs over tp as the framework tells."""
+        if self.trace is None:
+            return
+        for index, tensor in enumerate(tensors_in(output)):
+            told = tell(Site(self.root, name, module, "output", index, tensor.ndim))
+            if told is not None and not isinstance(tensor, DTensor):
+                self.trace.mark(tensor, {"tp": from_placement(told.value, tensor.ndim)})
+
+    def _unwatch(self) -> None:
+        for handle in self._layer_handles:
+            handle.remove()
+        self._layer_handles = []
+
+
+def _ranks_of(mesh: ParallelMesh, name: str) -> tuple[int, ...]:
+    return tuple(torch.distributed.get_process_group_ranks(mesh.group(name)))

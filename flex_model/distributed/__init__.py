@@ -1,0 +1,1 @@
+"""How an activation is made whole and cut again: meshes, routing, agreement between ranks."""

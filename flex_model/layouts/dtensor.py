@@ -1,0 +1,85 @@
+"""DTensors tell themselves; torch's wrappers tell the ranks they spread a model over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+from torch.nn.parallel import DistributedDataParallel
+
+from flex_model.errors import LayoutError
+from flex_model.layouts.layout import block_count, is_sharded, shard_dim
+from flex_model.layouts.sources import Site, Told
+
+__all__ = ["groups", "parameter", "placements_by_name", "shard_sizes", "tell"]
+
+
+def groups(root: nn.Module) -> Mapping[str, ProcessGroup]:
+    """The meshes of DTensor parameters (one without names is tensor-parallel), and DDP's ranks."""
+    found: dict[str, ProcessGroup] = {}
+    for module in root.modules():
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
+            found["dp"] = module.process_group
+    for tensor in root.parameters():
+        if not isinstance(tensor, DTensor):
+            continue
+        mesh = tensor.device_mesh
+        for axis in range(mesh.ndim):
+            name = mesh.mesh_dim_names[axis] if mesh.mesh_dim_names else "tp"
+            name = name if name in ("pp", "dp", "tp") else "tp"
+            if mesh.size(axis) > 1 and (mesh.ndim > 1 or is_sharded(tensor.placements[axis])):
+                found.setdefault(name, mesh.get_group(axis))
+    return found
+
+
+def tell(site: Site) -> Told | None:
+    """Nothing: after ``parallelize_module`` the layout sits in a hook's closure: it is traced."""
+    return None
+
+
+def parameter(root: nn.Module, name: str, tensor: Tensor) -> Placement | None:
+    """Nothing: a DTensor is read as one wherever it appears."""
+    return None
+
+
+def placements_by_name(
+    tensor: DTensor, names: Mapping[tuple[int, ...], str]
+) -> dict[str, Placement]:
+    """A DTensor's placements by our mesh dims.
+
+    Args:
+        tensor: any DTensor.
+        names: mesh dim by the global ranks of this rank's group along it.
+
+    Raises:
+        LayoutError: the DTensor lies over ranks that are no dim of the job's mesh.
+    """
+    mesh = tensor.device_mesh
+    found = {}
+    for axis, placement in enumerate(tensor.placements):
+        if mesh.size(axis) == 1:
+            continue
+        ranks = tuple(dist.get_process_group_ranks(mesh.get_group(axis)))
+        if ranks not in names:
+            raise LayoutError(
+                f"A DTensor of shape {tuple(tensor.shape)} lies over ranks {ranks}, which are no "
+                f"dim of FlexModel's mesh {sorted(names.items())}. Give FlexModel "
+                "the sizes, or the DeviceMesh, that the model was spread with."
+            )
+        found[names[ranks]] = placement
+    return found
+
+
+def shard_sizes(tensor: DTensor, placement: Placement, size: int) -> tuple[int, ...] | None:
+    """Length of each rank's shard where torch cut a dim unevenly (it cuts like ``torch.chunk``)."""
+    if not is_sharded(placement) or block_count(placement) > 1:
+        return None
+    whole = tensor.shape[shard_dim(placement)]
+    if whole % size == 0:
+        return None
+    longest = -(-whole // size)
+    return tuple(max(0, min(longest, whole - rank * longest)) for rank in range(size))

@@ -1,0 +1,162 @@
+"""Putting together what the sources know of one activation.
+
+Per mesh dim the first that knows decides: the user's placement hint, the DTensor itself, the
+framework's fields (tensor parallel), the trace. ``expected_shape`` settles what is left and is
+checked against the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import Partial, Replicate
+from torch.distributed.tensor.placement_types import Placement
+
+from flex_model.layouts import dtensor, fairscale, megatron, transformers
+from flex_model.layouts.hints import Hint, apply_expected_shape
+from flex_model.layouts.layout import (
+    ActivationLayout,
+    DimLayout,
+    block_count,
+    gradient_of,
+    is_sharded,
+    shard_dim,
+)
+from flex_model.layouts.marks import Cut, Mark, to_placement
+from flex_model.layouts.sources import Site, Source, Told
+
+__all__ = ["Known", "Loss", "groups_of", "parameter_placement", "resolve", "tell"]
+
+Loss = Literal["mean", "sum"]
+
+_SOURCES: tuple[Source, ...] = (megatron, fairscale, transformers, dtensor)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one tensor before it is resolved.
+
+    Attributes:
+        where: module, hook kind and rank, for messages.
+        sizes: ranks by mesh dim, outermost first.
+        local_shape: sizes on this rank.
+        told: the framework's word (tensor parallel).
+        placements: by mesh dim, certain (a DTensor's own, or a user's hint).
+        gradients: by mesh dim, the user's hint.
+        marks: by mesh dim, from the trace.
+        expected_shape: the user's hint.
+        uneven: shard lengths by mesh dim where they differ between ranks.
+        loss: how the losses of data-parallel ranks combine.
+    """
+
+    where: str
+    sizes: Mapping[str, int]
+    local_shape: Sequence[int]
+    told: Told | None = None
+    placements: Mapping[str, Placement] = field(default_factory=dict)
+    gradients: Mapping[str, Placement] = field(default_factory=dict)
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+    expected_shape: Hint | None = None
+    uneven: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    loss: Loss = "mean"
+
+
+def groups_of(root: nn.Module) -> dict[str, ProcessGroup]:
+    """The process groups that frameworks spread this model over, by mesh dim."""
+    found: dict[str, ProcessGroup] = {}
+    for source in _SOURCES:
+        for name, group in source.groups(root).items():
+            found.setdefault(name, group)
+    return found
+
+
+def tell(site: Site) -> Told | None:
+    """The framework's word on a module's boundary, over the tensor-parallel ranks."""
+    for source in _SOURCES:
+        told = source.tell(site)
+        if told is not None:
+            return told
+    return None
+
+
+def parameter_placement(root: nn.Module, name: str, tensor: Tensor) -> Placement | None:
+    """The framework's word on a parameter, over the tensor-parallel ranks."""
+    for source in _SOURCES:
+        placement = source.parameter(root, name, tensor)
+        if placement is not None:
+            return placement
+    return None
+
+
+def resolve(known: Known) -> ActivationLayout:
+    """The layout of one activation; ``value`` stays None over mesh dims where nothing told.
+
+    Raises:
+        HintError: a hint that does not fit.
+    """
+    layout = ActivationLayout(
+        tuple(_one_dim(known, name, size) for name, size in known.sizes.items())
+    )
+    if known.expected_shape is not None:
+        layout = apply_expected_shape(layout, known.local_shape, known.expected_shape, known.where)
+    return layout
+
+
+def _one_dim(known: Known, name: str, size: int) -> DimLayout:
+    value = _normal(known.placements.get(name), known.local_shape)
+    gradient = known.gradients.get(name)
+    if value is None and name == "tp" and known.told is not None:
+        value = _normal(known.told.value, known.local_shape)
+        gradient = gradient or known.told.gradient
+    if value is None and name in known.marks:
+        value = to_placement(_among_nested(known, name))
+    if name == "dp":
+        return _data_parallel(value, gradient, size, known)
+    return DimLayout(
+        name, size, value, gradient or gradient_of(value), shard_sizes=known.uneven.get(name)
+    )
+
+
+def _data_parallel(
+    value: Placement | None, gradient: Placement | None, size: int, known: Known
+) -> DimLayout:
+    """Each rank's gradient is that of its own loss: averaged, or summed, over the ranks."""
+    if isinstance(value, Replicate):
+        reduced = Partial("avg") if known.loss == "mean" else Partial("sum")
+        return DimLayout("dp", size, value, gradient or reduced)
+    scale = 1.0 / size if known.loss == "mean" else 1.0
+    return DimLayout(
+        "dp",
+        size,
+        value,
+        gradient or gradient_of(value),
+        shard_sizes=known.uneven.get("dp"),
+        gradient_scale=scale,
+    )
+
+
+def _among_nested(known: Known, name: str) -> Mark:
+    """The mark with blocks counted on the tensor as it is when its turn to be assembled comes.
+
+    Tensor-parallel parts are assembled before data-parallel ones; if both cut one tensor dim and
+    the former lies in front, it multiplies the blocks that the latter sees.
+    """
+    mark, inner = known.marks[name], known.marks.get("tp")
+    both = name == "dp" and isinstance(mark, Cut) and isinstance(inner, Cut)
+    if both and mark.dim == inner.dim and inner.outer < mark.outer:  # type: ignore[union-attr]
+        return Cut(mark.dim, mark.outer * known.sizes["tp"])  # type: ignore[union-attr]
+    return mark
+
+
+def _normal(placement: Placement | None, shape: Sequence[int]) -> Placement | None:
+    """Dims counted from the front."""
+    if placement is None or not is_sharded(placement) or shard_dim(placement) >= 0:
+        return placement
+    dim = shard_dim(placement) + len(shape)
+    if block_count(placement) > 1:
+        return type(placement)(dim, split_factor=block_count(placement))  # type: ignore[call-arg]
+    return type(placement)(dim)  # type: ignore[call-arg]

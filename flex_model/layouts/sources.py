@@ -1,0 +1,69 @@
+"""The one question every framework's file answers, and the frameworks asked.
+
+A source tells how a module's tensors lie over the *tensor-parallel* ranks, from the module's own
+fields, or nothing. It never imports its framework: a model can only hold that framework's layers if
+someone imported it already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor.placement_types import Placement
+
+__all__ = ["Side", "Site", "Source", "Told", "loaded"]
+
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor at a module's boundary.
+
+    Attributes:
+        root: the wrapped model.
+        name: module path below ``root``.
+        module: the module itself.
+        side: its inputs or its outputs.
+        index: position among the tensors of that side.
+        ndim: dims of the tensor.
+    """
+
+    root: nn.Module
+    name: str
+    module: nn.Module
+    side: Side
+    index: int
+    ndim: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """Placement of a value and of its gradient (None: not told) over the tensor-parallel ranks."""
+
+    value: Placement
+    gradient: Placement | None
+
+
+class Source(Protocol):
+    """What a framework's file offers."""
+
+    def groups(self, root: nn.Module) -> Mapping[str, ProcessGroup]:
+        """Process groups the framework spread this model over, by mesh dim."""
+
+    def tell(self, site: Site) -> Told | None:
+        """How a boundary tensor lies, where the framework says so."""
+
+    def parameter(self, root: nn.Module, name: str, tensor: Tensor) -> Placement | None:
+        """How a parameter lies over the tensor-parallel ranks, where the framework says so."""
+
+
+def loaded(name: str) -> ModuleType | None:
+    """A framework module if the program has imported it."""
+    return sys.modules.get(name)
