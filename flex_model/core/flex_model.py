@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import weakref
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
 from typing import Any
@@ -18,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flex_model.core.groups import ALL, HookGroups, Members
 from flex_model.core.hook_function import EditingFunction, HookFunction
-from flex_model.core.hook_point import HookPoint, Kind, PointKey
+from flex_model.core.hook_point import Kind
 from flex_model.core.parameters import whole_parameter
 from flex_model.core.records import Keep, Records
+from flex_model.core.registry import HookRegistry, unknown_name
 from flex_model.core.session import Session
 from flex_model.distributed.broadcast import broadcast_module
 from flex_model.distributed.mesh import (
@@ -29,7 +29,7 @@ from flex_model.distributed.mesh import (
     device_type_of,
     from_device_mesh,
 )
-from flex_model.errors import ConfigurationError, RegistrationError, UnknownModuleError
+from flex_model.errors import ConfigurationError, RegistrationError
 from flex_model.layouts.resolve import Loss, groups_of
 
 __all__ = ["FlexModel"]
@@ -118,11 +118,9 @@ class FlexModel(nn.Module):
         self._options = options
         self.trainable_modules = self._session.modules
         self._groups = HookGroups()
-        self._points: dict[PointKey, HookPoint] = {}
-        self._kinds: dict[HookFunction, Kind] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._registry = HookRegistry(module, self._session)
         # A FlexModel that is dropped without restore() must not leave its hooks behind.
-        self._finalizer = weakref.finalize(self, _undo_all, self._session, self._undo)
+        weakref.finalize(self, self._registry.clear)
 
     # -- registering -----------------------------------------------------------------------
 
@@ -181,67 +179,8 @@ class FlexModel(nn.Module):
         self.trainable_modules[name] = module
 
     def _register(self, hook: HookFunction, kind: Kind) -> None:
-        if not isinstance(hook, HookFunction):
-            raise RegistrationError(f"Expected a HookFunction, got {type(hook).__name__}.")
-        if hook in self._kinds:
-            raise RegistrationError(
-                f"{hook!r} is registered already. Make another HookFunction for another place."
-            )
-        key = PointKey(hook.module_name, kind, hook.unpack_idx)
-        owner, tensor = self._target(hook.module_name, kind)
-        point = self._points.get(key)
-        if point is None:
-            point = HookPoint(key, owner, self._session, self._record_key_for(key))
-            point.add(hook)
-            self._attach(point, owner, tensor)
-            self._points[key] = point
-            self._session.points.append(point)
-        else:
-            point.add(hook)
-        self._kinds[hook] = kind
+        self._registry.register(hook, kind)
         self._groups.add(hook)
-        self._session.attach()
-
-    def _target(self, name: str, kind: Kind) -> tuple[nn.Module, Tensor | None]:
-        """The module to hook, and for a parameter the tensor."""
-        if kind == "tensor":
-            parameters = dict(self.module.named_parameters())
-            if name not in parameters:
-                raise _unknown("parameter", name, parameters)
-            return self.module.get_submodule(name.rpartition(".")[0]), parameters[name]
-        modules = dict(self.module.named_modules(remove_duplicate=False))
-        if name not in modules:
-            raise _unknown("module", name, modules)
-        return modules[name], None
-
-    def _attach(self, point: HookPoint, module: nn.Module, tensor: Tensor | None) -> None:
-        handles: list[Any] = []
-        kind = point.key.kind
-        if kind == "forward":
-            handles.append(module.register_forward_hook(point.on_forward))
-        elif kind == "forward_pre":
-            handles.append(module.register_forward_pre_hook(point.on_forward_pre, with_kwargs=True))
-        elif kind == "tensor":
-            if tensor is None or not tensor.requires_grad:
-                raise RegistrationError(
-                    f"Parameter {point.key.name} has requires_grad=False: it never gets a gradient."
-                )
-            handles.append(tensor.register_hook(point.on_parameter_gradient))
-        else:
-            self._undo.append(_restorer_of_backward_flag(module))
-            if kind == "full_backward":
-                handles.append(module.register_forward_pre_hook(point.observe))
-                handles.append(module.register_full_backward_hook(point.on_gradients))
-            else:
-                handles.append(module.register_forward_hook(point.observe))
-                handles.append(module.register_full_backward_pre_hook(point.on_gradients))
-        self._undo.extend(handle.remove for handle in handles)
-
-    def _record_key_for(self, key: PointKey) -> str:
-        taken = {point.record_key for point in self._points.values()}
-        if key.name not in taken:
-            return key.name
-        return f"{key.name}:{key.kind}" + (f"[{key.index}]" if key.index else "")
 
     def record_key(self, hook_function: HookFunction) -> str:
         """Where a registered hook function's records are found in ``output_ptr``.
@@ -252,9 +191,7 @@ class FlexModel(nn.Module):
         tensor share one record per call, made before the first edit.
         """
         self._groups.groups_of(hook_function)
-        kind = self._kinds[hook_function]
-        key = PointKey(hook_function.module_name, kind, hook_function.unpack_idx)
-        return self._points[key].record_key
+        return self._registry.record_key(hook_function)
 
     # -- groups ----------------------------------------------------------------------------
 
@@ -281,24 +218,18 @@ class FlexModel(nn.Module):
             UnknownModuleError: nothing matches.
             RegistrationError: no such hook type.
         """
-        if hook_type not in (
-            "forward",
-            "forward_pre",
-            "full_backward",
-            "full_backward_pre",
-            "tensor",
-        ):
-            raise RegistrationError(f"There is no hook type {hook_type!r}.")
         named = (
             self.module.named_parameters() if hook_type == "tensor" else self.module.named_modules()
         )
         names = [name for name, _ in named]
         matching = [name for name in names if group_constructor in name]
         if not matching:
-            raise _unknown("module", group_constructor, names)
+            raise unknown_name("module", group_constructor, names)
         hooks = [
             HookFunction(name, expected_shape, editing_function, unpack_idx) for name in matching
         ]
+        for hook in hooks:
+            self._registry.check(hook, hook_type)
         for hook in hooks:
             self._register(hook, hook_type)
         self._groups.extend(hooks, group_name)
@@ -360,14 +291,12 @@ class FlexModel(nn.Module):
         Raises:
             GroupError: a group that does not exist.
         """
-        taken = _own_keywords(self.module) & {"groups", "complement"}
-        if taken:
-            kwargs.update({"groups": groups} if groups is not ALL and "groups" in taken else {})
-            kwargs.update(
-                {"complement": complement} if complement and "complement" in taken else {}
-            )
+        if isinstance(groups, str) and groups == ALL and not complement:
             return self._run(args, kwargs)
-        if groups == ALL and not complement:
+        taken = signature(self.module.forward).parameters
+        if "groups" in taken or "complement" in taken:
+            own = {"groups": groups, "complement": complement}
+            kwargs.update({name: value for name, value in own.items() if name in taken})
             return self._run(args, kwargs)
         with self.hook_groups(groups, complement):
             return self._run(args, kwargs)
@@ -448,7 +377,7 @@ class FlexModel(nn.Module):
         """
         parameters = dict(self.module.named_parameters())
         if parameter_name not in parameters:
-            raise _unknown("parameter", parameter_name, parameters)
+            raise unknown_name("parameter", parameter_name, parameters)
         return whole_parameter(
             self.module,
             parameter_name,
@@ -465,11 +394,8 @@ class FlexModel(nn.Module):
         Trainable modules, records and the save context stay with the FlexModel, and hook functions
         may be registered again, here or elsewhere.
         """
-        _undo_all(self._session, self._undo)
-        self._points.clear()
-        self._kinds.clear()
+        self._registry.clear()
         self._groups.clear()
-        self._session.points.clear()
         return self.module
 
     def __enter__(self) -> FlexModel:
@@ -480,7 +406,7 @@ class FlexModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlexModel:
         """A copy with a model, trainable modules and hooks of its own, on the same ranks."""
-        hooks = dict(self._kinds)
+        hooks = self._registry.kinds
         groups = {hook: self._groups.groups_of(hook) for hook in hooks}
         self.restore()
         try:
@@ -538,29 +464,3 @@ def _mesh_of(
             "only. Wrap each stage on its own process_group with the tp and dp sizes."
         )
     return built
-
-
-def _own_keywords(module: nn.Module) -> set[str]:
-    return set(signature(module.forward).parameters)
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> UnknownModuleError:
-    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
-    return UnknownModuleError(f"The wrapped model has no {what} {name!r}.{hint}")
-
-
-def _restorer_of_backward_flag(module: nn.Module) -> Callable[[], None]:
-    """torch marks a module that ever had a full backward hook and never takes the mark off."""
-    before = module._is_full_backward_hook
-
-    def restore() -> None:
-        module._is_full_backward_hook = before
-
-    return restore
-
-
-def _undo_all(session: Session, undo: list[Callable[[], None]]) -> None:
-    session.detach()
-    while undo:
-        undo.pop()()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -148,8 +149,11 @@ class HookPoint:
                 "has, as positional inputs or outputs that torch gives gradients of,", tree
             )
         tensor = tree[self._positions[self.key.index]]
-        with self._session.untraced():
+        if self._session.trace is None:
             self._layouts.of(tensor)
+        else:
+            with self._session.trace.paused():
+                self._layouts.of(tensor)
 
     # -- the way of one activation ---------------------------------------------------------
 
@@ -162,24 +166,33 @@ class HookPoint:
     def _visit(
         self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool = False
     ) -> Tensor:
+        """Capture and edit a tensor; a gradient (``transposed``) by its own placements."""
+        trace = self._session.trace
+        if trace is None:
+            return self._processed(tensor, active, transposed)
+        with trace.paused():
+            result = self._processed(tensor, active, transposed)
+        if result is not tensor and not transposed:
+            trace.mark(result, self._layouts.marks_of(self._layouts.of(tensor), result.ndim))
+        return result
+
+    def _processed(
+        self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool
+    ) -> Tensor:
+        layout = self._layouts.of(tensor, gradient=transposed)
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if transposed:
+            layout = self._memory.measured(layout, local, self._session.mesh).transposed()
+        elif not layout.told:
+            layout = self._memory.known(layout)
         edits = [h.editing_function for h in active if h.editing_function is not None]
         recompute = not transposed and in_backward()
-        with self._session.untraced():
-            layout = self._layouts.of(tensor, gradient=transposed)
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if transposed:
-                layout = self._memory.measured(layout, local, self._session.mesh).transposed()
-            if not edits:
-                if not recompute:
-                    self._session.records.collect(self.record_key, local, layout)
-                return tensor
+        if edits:
             edited = self._edited(local, layout, edits, recompute)
-            if edited is local:
-                return tensor
-            result = _like(edited, tensor)
-        if self._session.trace is not None and not transposed:
-            self._session.trace.mark(result, self._layouts.marks_of(layout, result.ndim))
-        return result
+            return tensor if edited is local else _like(edited, tensor)
+        if not recompute:
+            self._session.records.collect(self.record_key, local, layout)
+        return tensor
 
     def _edited(
         self,
@@ -189,26 +202,25 @@ class HookPoint:
         recompute: bool,
     ) -> Tensor:
         """Gather, record, edit, re-shard; ``local`` itself where the edits changed nothing."""
-        mesh, memory = self._session.mesh, self._memory
-        whole = gather(local, layout, mesh, memory)
+        session = self._session
+        whole = gather(local, layout, session.mesh, self._memory)
         if not recompute:
-            self._session.records.store(self.record_key, whole)
+            session.records.store(self.record_key, whole)
         version = None if whole.is_inference() else whole._version
         edited = whole
         for order, edit in enumerate(edits):
-            with self._streams.isolated(local, order):
-                result = edit(self._module, edited, self._session.save_ctx, self._session.modules)
-            edited = self._checked(result, edited, edit)
+            call = partial(edit, self._module, edited, session.save_ctx, session.modules)
+            edited = self._checked(self._streams.run(call, local, order), edited, edit)
         untouched = edited is whole and version is not None and whole._version == version
         if untouched and (layout.told or not whole.requires_grad):
             return local
-        return reshard(edited, layout, mesh, memory)
+        return reshard(edited, layout, session.mesh, self._memory)
 
     def _checked(self, result: Any, due: Tensor, edit: EditingFunction) -> Tensor:
         """What an editing function returned, fit to take the activation's place."""
-        name = getattr(edit, "__name__", repr(edit))
 
         def refuse(got: str, way_out: str) -> EditError:
+            name = getattr(edit, "__name__", repr(edit))
             return EditError(
                 f"{self.where}: editing function {name} returned {got}, but a tensor of shape "
                 f"{tuple(due.shape)}, {due.dtype} on {due.device} was due. {way_out}"

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ __all__ = ["RandomStreams", "in_backward"]
 
 _REMEMBERED_CALLS = 4096
 _PROBES = 16
+_SEED_BITS = 2**63 - 1
 
 
 def in_backward() -> bool:
@@ -47,32 +47,31 @@ class RandomStreams:
         self._calls = 0
         self._drawn: OrderedDict[tuple[Any, ...], int] = OrderedDict()
 
-    @contextmanager
-    def isolated(self, local: Tensor, order: int) -> Iterator[None]:
-        """Run an edit on its own stream.
+    def run(self, edit: Callable[[], Any], local: Tensor, order: int) -> Any:
+        """Call an edit on its own stream.
 
         Args:
+            edit: what to call.
             local: this rank's activation before the edit; tells a recompute which call it repeats.
             order: place of the editing function in the hook point's chain.
 
         Raises:
             RecomputeError: a recompute draws random numbers but repeats no call that did.
         """
-        recompute = in_backward()
-        key = self._recalled(local, order) if recompute else self._next(order)
+        key = self._recalled(local, order) if in_backward() else self._next(order)
         generators = _generators(local.device)
         before = [generator.get_state() for generator in generators]
-        seed = (self._root + (key if key is not None else 0)) & (2**63 - 1)
+        seed = (self._root + (key or 0)) & _SEED_BITS
         for generator in generators:
             generator.manual_seed(seed)
         seeded = [generator.get_state() for generator in generators]
         try:
-            yield
-            if any(
-                not torch.equal(generator.get_state(), state)
-                for generator, state in zip(generators, seeded, strict=True)
-            ):
-                self._note_drawn(local, order, key)
+            result = edit()
+            for generator, state in zip(generators, seeded, strict=True):
+                if not torch.equal(generator.get_state(), state):
+                    self._note_drawn(local, order, key)
+                    break
+            return result
         finally:
             for generator, state in zip(generators, before, strict=True):
                 generator.set_state(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -99,10 +99,6 @@ class Session:
             yield
         finally:
             self.active = before
-
-    def untraced(self) -> AbstractContextManager[None]:
-        """Keep what runs inside out of the trace, if there is one."""
-        return self.trace.paused() if self.trace is not None else nullcontext()
 
     def attach(self) -> None:
         """Follow the root's forwards, however they are started (``generate`` too)."""

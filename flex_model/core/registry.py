@@ -1,0 +1,151 @@
+"""Which hook functions are on which modules, and how to take them all off again."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from flex_model.core.hook_function import HookFunction
+from flex_model.core.hook_point import HookPoint, Kind, PointKey
+from flex_model.core.session import Session
+from flex_model.errors import RegistrationError, UnknownModuleError
+
+__all__ = ["KINDS", "HookRegistry", "unknown_name"]
+
+KINDS: tuple[Kind, ...] = (
+    "forward",
+    "forward_pre",
+    "full_backward",
+    "full_backward_pre",
+    "tensor",
+)
+
+
+class HookRegistry:
+    """The hook points of one wrapped model.
+
+    Hook functions of one kind on one tensor of one module share a :class:`HookPoint`. Everything
+    done to the model is noted with what undoes it.
+    """
+
+    def __init__(self, root: nn.Module, session: Session) -> None:
+        self._root = root
+        self._session = session
+        self._points: dict[PointKey, HookPoint] = {}
+        self._kinds: dict[HookFunction, Kind] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def kinds(self) -> dict[HookFunction, Kind]:
+        """Every registered hook function with its kind, in order of registration."""
+        return dict(self._kinds)
+
+    def check(self, hook: HookFunction, kind: Kind) -> None:
+        """Refuse what cannot be registered, before anything changes.
+
+        Raises:
+            UnknownModuleError: the wrapped model has no such module or parameter.
+            RegistrationError: no HookFunction, one that is registered already, no such kind, or a
+                parameter that gets no gradient.
+        """
+        if not isinstance(hook, HookFunction):
+            raise RegistrationError(f"Expected a HookFunction, got {type(hook).__name__}.")
+        if kind not in KINDS:
+            raise RegistrationError(f"There is no hook type {kind!r}; there are {KINDS}.")
+        if hook in self._kinds:
+            raise RegistrationError(
+                f"{hook!r} is registered already. Make another HookFunction for another place."
+            )
+        self._target(hook.module_name, kind)
+
+    def register(self, hook: HookFunction, kind: Kind) -> None:
+        """Let a hook function visit its module (or parameter). Raises as :meth:`check` does."""
+        self.check(hook, kind)
+        key = PointKey(hook.module_name, kind, hook.unpack_idx)
+        point = self._points.get(key)
+        if point is None:
+            module, tensor = self._target(hook.module_name, kind)
+            point = HookPoint(key, module, self._session, self._record_key_for(key))
+            point.add(hook)
+            self._attach(point, module, tensor)
+            self._points[key] = point
+            self._session.points.append(point)
+        else:
+            point.add(hook)
+        self._kinds[hook] = kind
+        self._session.attach()
+
+    def record_key(self, hook: HookFunction) -> str:
+        """Where a registered hook function's records are found."""
+        key = PointKey(hook.module_name, self._kinds[hook], hook.unpack_idx)
+        return self._points[key].record_key
+
+    def clear(self) -> None:
+        """Take every hook off: the model is as it was before the first was registered."""
+        self._session.detach()
+        while self._undo:
+            self._undo.pop()()
+        self._points.clear()
+        self._kinds.clear()
+        self._session.points.clear()
+
+    def _target(self, name: str, kind: Kind) -> tuple[nn.Module, Tensor | None]:
+        """The module to hook, and for a parameter the tensor."""
+        if kind == "tensor":
+            parameters = dict(self._root.named_parameters())
+            if name not in parameters:
+                raise unknown_name("parameter", name, parameters)
+            if not parameters[name].requires_grad:
+                raise RegistrationError(
+                    f"Parameter {name} has requires_grad=False: it never gets a gradient."
+                )
+            return self._root.get_submodule(name.rpartition(".")[0]), parameters[name]
+        modules = dict(self._root.named_modules(remove_duplicate=False))
+        if name not in modules:
+            raise unknown_name("module", name, modules)
+        return modules[name], None
+
+    def _attach(self, point: HookPoint, module: nn.Module, tensor: Tensor | None) -> None:
+        handles: list[Any] = []
+        kind = point.key.kind
+        if tensor is not None:
+            handles.append(tensor.register_hook(point.on_parameter_gradient))
+        elif kind == "forward":
+            handles.append(module.register_forward_hook(point.on_forward))
+        elif kind == "forward_pre":
+            handles.append(module.register_forward_pre_hook(point.on_forward_pre, with_kwargs=True))
+        else:
+            self._undo.append(_restorer_of_backward_flag(module))
+            if kind == "full_backward":
+                handles.append(module.register_forward_pre_hook(point.observe))
+                handles.append(module.register_full_backward_hook(point.on_gradients))
+            else:
+                handles.append(module.register_forward_hook(point.observe))
+                handles.append(module.register_full_backward_pre_hook(point.on_gradients))
+        self._undo.extend(handle.remove for handle in handles)
+
+    def _record_key_for(self, key: PointKey) -> str:
+        taken = {point.record_key for point in self._points.values()}
+        if key.name not in taken:
+            return key.name
+        return f"{key.name}:{key.kind}" + (f"[{key.index}]" if key.index else "")
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownModuleError:
+    """The error for a name the model does not have, with the nearest it has."""
+    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+    return UnknownModuleError(f"The wrapped model has no {what} {name!r}.{hint}")
+
+
+def _restorer_of_backward_flag(module: nn.Module) -> Callable[[], None]:
+    """torch marks a module that ever had a full backward hook and never takes the mark off."""
+    before = module._is_full_backward_hook
+
+    def restore() -> None:
+        module._is_full_backward_hook = before
+
+    return restore
