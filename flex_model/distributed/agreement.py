@@ -60,7 +60,7 @@ def agree(mesh: ParallelMesh, facts: StepFacts, device: torch.device) -> tuple[i
     """
     own = torch.tensor(facts.encoded(), dtype=torch.int64, device=device)
     gathered = own.new_empty(len(mesh.ranks) * own.numel())
-    dist.all_gather_into_tensor(gathered, own, group=mesh.everyone)
+    dist.all_gather_single(gathered, own, group=mesh.everyone)
     rows = gathered.view(len(mesh.ranks), -1).tolist()
     all_facts = [StepFacts.decoded(row, facts.batch_dim) for row in rows]
     _check(mesh, all_facts)

@@ -47,7 +47,7 @@ def all_gather_along(
 
     def exchange(part: Tensor) -> Sequence[Tensor]:
         gathered = part.new_empty((size * part.shape[0], *part.shape[1:]))
-        dist.all_gather_into_tensor(gathered, part, group=group)
+        dist.all_gather_single(gathered, part, group=group)
         if dim == 0 and blocks == 1 and shard_sizes is None:
             return (gathered,)  # rank order along dim 0 is already the whole tensor
         return gathered.view(size, *part.shape).unbind(0)

@@ -11,6 +11,7 @@ tensor-parallel rank, yet each rank computes only its heads' term of its gradien
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -102,17 +103,17 @@ class ActivationLayout:
 
     dims: tuple[DimLayout, ...] = ()
 
-    @property
+    @cached_property
     def trivial(self) -> bool:
         """Every rank holds the whole value and the whole gradient."""
         return all(dim.trivial for dim in self.dims)
 
-    @property
+    @cached_property
     def moves_value(self) -> bool:
         """Whether assembling the value needs any other rank."""
         return any(dim.moves_value for dim in self.dims)
 
-    @property
+    @cached_property
     def told(self) -> bool:
         """Whether all placements, of value and gradient, are known."""
         return all(dim.told for dim in self.dims)
