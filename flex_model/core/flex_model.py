@@ -30,6 +30,7 @@ from flex_model.distributed.mesh import (
     from_device_mesh,
 )
 from flex_model.errors import ConfigurationError, RegistrationError
+from flex_model.layouts.names import named_modules, named_parameters, plain_name
 from flex_model.layouts.resolve import Loss, groups_of
 
 __all__ = ["FlexModel"]
@@ -219,7 +220,7 @@ class FlexModel(nn.Module):
             RegistrationError: no such hook type.
         """
         named = (
-            self.module.named_parameters() if hook_type == "tensor" else self.module.named_modules()
+            named_parameters(self.module) if hook_type == "tensor" else named_modules(self.module)
         )
         names = [name for name, _ in named]
         matching = [name for name in names if group_constructor in name]
@@ -327,7 +328,7 @@ class FlexModel(nn.Module):
     @property
     def wrapped_module_names(self) -> list[str]:
         """Names of the wrapped model's submodules, the root's ("") first."""
-        return [name for name, _ in self.module.named_modules()]
+        return [name for name, _ in named_modules(self.module)]
 
     @property
     def trainable_modules_names(self) -> list[str]:
@@ -375,7 +376,8 @@ class FlexModel(nn.Module):
             UnknownModuleError: no such parameter.
             HintError: a hint that does not fit.
         """
-        parameters = dict(self.module.named_parameters())
+        parameters = dict(named_parameters(self.module))
+        parameter_name = plain_name(parameter_name)
         if parameter_name not in parameters:
             raise unknown_name("parameter", parameter_name, parameters)
         return whole_parameter(

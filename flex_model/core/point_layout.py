@@ -16,6 +16,7 @@ from flex_model.errors import HintError, LayoutError
 from flex_model.layouts.dtensor import placements_by_name, shard_sizes
 from flex_model.layouts.layout import ActivationLayout, is_sharded
 from flex_model.layouts.marks import FOREIGN, UNKNOWN, WHOLE, Cut, Mark, from_placement
+from flex_model.layouts.names import named_parameters
 from flex_model.layouts.resolve import Known, parameter_placement, resolve, tell
 from flex_model.layouts.sources import Side, Site, Told
 
@@ -195,7 +196,7 @@ class PointLayout:
         root = self._session.root
         if self._side is not None:
             return tell(Site(root, self._name, self._module, self._side, self._index, ndim))
-        placement = parameter_placement(root, self._name, root.get_parameter(self._name))
+        placement = parameter_placement(root, self._name, dict(named_parameters(root))[self._name])
         return Told(placement, placement) if placement is not None else None
 
     def _marks(self, tensor: Tensor) -> dict[str, Mark]:

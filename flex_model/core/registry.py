@@ -12,6 +12,7 @@ from flex_model.core.hook_function import HookFunction
 from flex_model.core.hook_point import HookPoint, Kind, PointKey
 from flex_model.core.session import Session
 from flex_model.errors import RegistrationError, UnknownModuleError
+from flex_model.layouts.names import named_modules, named_parameters, plain_name
 
 __all__ = ["KINDS", "HookRegistry", "unknown_name"]
 
@@ -64,11 +65,11 @@ class HookRegistry:
     def register(self, hook: HookFunction, kind: Kind) -> None:
         """Let a hook function visit its module (or parameter). Raises as :meth:`check` does."""
         self.check(hook, kind)
-        key = PointKey(hook.module_name, kind, hook.unpack_idx)
+        key = _key_of(hook, kind)
         point = self._points.get(key)
         if point is None:
             module, tensor = self._target(hook.module_name, kind)
-            point = HookPoint(key, module, self._session, self._record_key_for(key))
+            point = HookPoint(key, module, self._session, self._record_key_for(hook, kind))
             point.add(hook)
             self._attach(point, module, tensor)
             self._points[key] = point
@@ -80,8 +81,7 @@ class HookRegistry:
 
     def record_key(self, hook: HookFunction) -> str:
         """Where a registered hook function's records are found."""
-        key = PointKey(hook.module_name, self._kinds[hook], hook.unpack_idx)
-        return self._points[key].record_key
+        return self._points[_key_of(hook, self._kinds[hook])].record_key
 
     def clear(self) -> None:
         """Take every hook off: the model is as it was before the first was registered."""
@@ -94,16 +94,17 @@ class HookRegistry:
 
     def _target(self, name: str, kind: Kind) -> tuple[nn.Module, Tensor | None]:
         """The module to hook, and for a parameter the tensor."""
+        name = plain_name(name)
+        modules = dict(named_modules(self._root))
         if kind == "tensor":
-            parameters = dict(self._root.named_parameters())
+            parameters = dict(named_parameters(self._root))
             if name not in parameters:
                 raise unknown_name("parameter", name, parameters)
             if not parameters[name].requires_grad:
                 raise RegistrationError(
                     f"Parameter {name} has requires_grad=False: it never gets a gradient."
                 )
-            return self._root.get_submodule(name.rpartition(".")[0]), parameters[name]
-        modules = dict(self._root.named_modules(remove_duplicate=False))
+            return modules[name.rpartition(".")[0]], parameters[name]
         if name not in modules:
             raise unknown_name("module", name, modules)
         return modules[name], None
@@ -127,11 +128,15 @@ class HookRegistry:
                 handles.append(module.register_full_backward_pre_hook(point.on_gradients))
         self._undo.extend(handle.remove for handle in handles)
 
-    def _record_key_for(self, key: PointKey) -> str:
+    def _record_key_for(self, hook: HookFunction, kind: Kind) -> str:
         taken = {point.record_key for point in self._points.values()}
-        if key.name not in taken:
-            return key.name
-        return f"{key.name}:{key.kind}" + (f"[{key.index}]" if key.index else "")
+        if hook.module_name not in taken:
+            return hook.module_name
+        return f"{hook.module_name}:{kind}" + (f"[{hook.unpack_idx}]" if hook.unpack_idx else "")
+
+
+def _key_of(hook: HookFunction, kind: Kind) -> PointKey:
+    return PointKey(plain_name(hook.module_name), kind, hook.unpack_idx)
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownModuleError:

@@ -21,6 +21,7 @@ from flex_model.distributed.agreement import StepFacts, agree
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.layouts.dtensor import placements_by_name
 from flex_model.layouts.marks import FOREIGN, WHOLE, Cut, Mark, from_placement
+from flex_model.layouts.names import named_modules, named_parameters
 from flex_model.layouts.resolve import Loss, parameter_placement, tell
 from flex_model.layouts.sources import Site
 from flex_model.layouts.trace import LayoutTrace
@@ -166,7 +167,7 @@ class Session:
         """Enter a trace whose starting marks are the model's parameters and inputs."""
         groups = {name: self.mesh.group(name) for name in self.mesh.names}
         trace = LayoutTrace(groups, self.dtensor_marks)
-        names = {id(p): n for n, p in self.root.named_parameters()}
+        names = {id(p): n for n, p in named_parameters(self.root)}
         trace.mark_parameters(
             self.root, lambda tensor: self._parameter_marks(names.get(id(tensor)), tensor)
         )
@@ -195,7 +196,7 @@ class Session:
         """Let the frameworks' word stand over what was followed through a layer's inside."""
         if "tp" not in self.sizes:
             return
-        for name, module in self.root.named_modules():
+        for name, module in named_modules(self.root):
             if tell(Site(self.root, name, module, "output", 0, 3)) is not None:
                 handle = module.register_forward_hook(
                     lambda m, a, out, name=name: self.mark_output(name, m, out)

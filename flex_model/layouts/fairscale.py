@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from flex_model.layouts.names import module_at
 from flex_model.layouts.parallel_linear import WHOLE, tell_column, tell_row
 from flex_model.layouts.sources import Site, Told, loaded
 
@@ -53,7 +54,7 @@ def tell(site: Site) -> Told | None:
 def parameter(root: nn.Module, name: str, tensor: Tensor) -> Placement | None:
     """Weights and biases of the parallel layers."""
     owner, _, leaf = name.rpartition(".")
-    kind = _kind(root.get_submodule(owner))
+    kind = _kind(module_at(root, owner))
     if kind is None or (leaf == "bias" and kind != "ColumnParallelLinear"):
         return None
     return Shard(_WEIGHT_DIM[kind])

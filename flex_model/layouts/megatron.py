@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from flex_model.layouts.names import module_at
 from flex_model.layouts.parallel_linear import WHOLE, sharded, tell_column, tell_row
 from flex_model.layouts.sources import Site, Told, loaded
 
@@ -87,7 +88,7 @@ def _is_gated(root: nn.Module, name: str) -> bool:
     parent, _, leaf = name.rpartition(".")
     if leaf != "linear_fc1":
         return False
-    config = getattr(root.get_submodule(parent), "config", None)
+    config = getattr(module_at(root, parent), "config", None)
     return bool(getattr(config, "gated_linear_unit", False))
 
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.layouts import dtensor, fairscale, megatron, transformers
+from flex_model.layouts import dtensor, fairscale, fsdp, megatron, transformers
 from flex_model.layouts.hints import Hint, apply_expected_shape
 from flex_model.layouts.layout import (
     ActivationLayout,
@@ -33,7 +34,7 @@ __all__ = ["Known", "Loss", "groups_of", "parameter_placement", "resolve", "tell
 
 Loss = Literal["mean", "sum"]
 
-_SOURCES: tuple[Source, ...] = (megatron, fairscale, transformers, dtensor)
+_SOURCES: tuple[Source, ...] = (megatron, fairscale, transformers, fsdp, dtensor)
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,14 @@ class Known:
 def groups_of(root: nn.Module) -> dict[str, ProcessGroup]:
     """The process groups that frameworks spread this model over, by mesh dim."""
     found: dict[str, ProcessGroup] = {}
+    seen: set[tuple[int, ...]] = set()
     for source in _SOURCES:
         for name, group in source.groups(root).items():
-            found.setdefault(name, group)
+            ranks = tuple(dist.get_process_group_ranks(group))
+            # A mesh without names means what an earlier source said of the same ranks.
+            if ranks not in seen and name not in found:
+                found[name] = group
+                seen.add(ranks)
     return found
 
 

@@ -73,6 +73,8 @@ class LayoutTrace(TorchDispatchMode):
     def marks_of(self, tensor: Tensor) -> dict[str, Mark]:
         """How a tensor lies, by mesh dim; FOREIGN for one the trace never saw."""
         found = dict(zip(self._names, self._lookup(tensor), strict=True))
+        if isinstance(tensor, nn.Parameter) and "dp" in found:
+            found["dp"] = WHOLE  # a parameter never follows the batch, however FSDP got it here
         if isinstance(tensor, DTensor):
             found.update(self._dtensor_marks(tensor))
         return found

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from flex_model.layouts.names import named_modules
 from flex_model.layouts.parallel_linear import WHOLE, sharded
 from flex_model.layouts.sources import Site, Told, loaded
 
@@ -80,7 +81,7 @@ def _pretrained(root: nn.Module) -> tuple[nn.Module | None, str]:
     library = loaded("transformers.modeling_utils")
     if library is None:
         return None, ""
-    for name, module in root.named_modules():
+    for name, module in named_modules(root):
         if isinstance(module, library.PreTrainedModel):
             return module, f"{name}." if name else ""
     return None, ""
