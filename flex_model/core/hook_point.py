@@ -8,14 +8,14 @@ passes through their editing functions in order of registration, and is re-shard
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from flex_model.core.hook_function import EditingFunction, HookFunction
 from flex_model.core.point_layout import PointLayout
@@ -67,6 +67,7 @@ class HookPoint:
         self._layouts = PointLayout(key.name, key.kind, key.index, module, session, self.where)
         self._streams = RandomStreams(session.seed, key.label)
         self._positions: list[int] = []
+        self.before_trace: Callable[[], None] | None = None
 
     @property
     def where(self) -> str:
@@ -179,6 +180,8 @@ class HookPoint:
     def _processed(
         self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool
     ) -> Tensor:
+        if isinstance(tensor, DTensor):
+            tensor = _reduced(tensor)
         layout = self._layouts.of(tensor, gradient=transposed)
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if transposed:
@@ -246,6 +249,18 @@ class HookPoint:
             f"{self.where}: unpack_idx={self.key.index}, but the module {verb} "
             f"{count_tensors(tree)} tensors (in {', '.join(kinds) or 'nothing'})."
         )
+
+
+def _reduced(tensor: DTensor) -> DTensor:
+    """Terms of a sum added up, by DTensor itself (a vocabulary-parallel embedding has a mask).
+
+    The module hands the sum on, for adding up twice would move it twice.
+    """
+    if not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    return tensor.redistribute(
+        placements=[Replicate() if p.is_partial() else p for p in tensor.placements]
+    )
 
 
 def _like(edited: Tensor, tensor: Tensor) -> Tensor:

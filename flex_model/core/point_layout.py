@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.core.hook_function import HookFunction
@@ -111,10 +111,10 @@ class PointLayout:
         if gradient and not isinstance(tensor, DTensor) and shape in self._by_shape:
             return self._by_shape[shape]  # of the forward it belongs to, whatever came since
         own = tensor.placements if isinstance(tensor, DTensor) else None
-        key = (shape, own, gradient, self._session.batch_sizes, self._traced.get(tensor.ndim))
+        key = (shape, own, self._session.batch_sizes, self._traced.get(tensor.ndim))
         found = self._found.get(_hashable(key))
         if found is None:
-            found = self._resolved(tensor, gradient)
+            found = self._resolved(tensor)
             self._found[_hashable(key)] = found
         if not gradient:
             self._by_shape[shape] = found
@@ -128,8 +128,8 @@ class PointLayout:
             if dim.value is not None
         }
 
-    def _resolved(self, tensor: Tensor, gradient: bool) -> ActivationLayout:
-        known = self._known(tensor, gradient)
+    def _resolved(self, tensor: Tensor) -> ActivationLayout:
+        known = self._known(tensor)
         layout = resolve(known)
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         measured: dict[str, Mark] = {}
@@ -153,7 +153,7 @@ class PointLayout:
         if not measured:
             return layout
         self._remember_measured(tensor.ndim, known, measured)
-        return resolve(self._known(tensor, gradient))
+        return resolve(self._known(tensor))
 
     def _remember_measured(self, ndim: int, known: Known, measured: dict[str, Mark]) -> None:
         traced = self._traced.get(ndim)
@@ -161,17 +161,16 @@ class PointLayout:
         shape = traced.shape if traced is not None else tuple(known.local_shape)
         self._traced[ndim] = _Traced(marks, shape, traced.batch if traced else self._batch())
 
-    def _known(self, tensor: Tensor, gradient: bool) -> Known:
+    def _known(self, tensor: Tensor) -> Known:
         session = self._session
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         placements, gradients, uneven = dict(self._placements), dict(self._gradients), {}
         if isinstance(tensor, DTensor):
             for name, placement in placements_by_name(tensor, session.dim_names).items():
-                # A replicated DTensor's gradient is made whole by from_local and to_local.
-                term = gradient and isinstance(placement, Partial)
-                placements.setdefault(name, Replicate() if term else placement)
+                placements.setdefault(name, placement)
                 if not is_sharded(placement):
-                    gradients.setdefault(name, Partial() if term else Replicate())
+                    # from_local and to_local make a replicated DTensor's gradient whole.
+                    gradients.setdefault(name, Replicate())
                 sizes = shard_sizes(tensor, placement, session.sizes[name])
                 if sizes is not None:
                     uneven[name] = sizes

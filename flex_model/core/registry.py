@@ -120,12 +120,18 @@ class HookRegistry:
             handles.append(module.register_forward_pre_hook(point.on_forward_pre, with_kwargs=True))
         else:
             self._undo.append(_restorer_of_backward_flag(module))
-            if kind == "full_backward":
-                handles.append(module.register_forward_pre_hook(point.observe))
-                handles.append(module.register_full_backward_hook(point.on_gradients))
-            else:
-                handles.append(module.register_forward_hook(point.observe))
-                handles.append(module.register_full_backward_pre_hook(point.on_gradients))
+            inputs = kind == "full_backward"
+            observer = _Last(
+                module.register_forward_pre_hook if inputs else module.register_forward_hook,
+                point.observe,
+            )
+            point.before_trace = observer.move
+            handles.append(observer)
+            handles.append(
+                module.register_full_backward_hook(point.on_gradients)
+                if inputs
+                else module.register_full_backward_pre_hook(point.on_gradients)
+            )
         self._undo.extend(handle.remove for handle in handles)
 
     def _record_key_for(self, hook: HookFunction, kind: Kind) -> str:
@@ -133,6 +139,27 @@ class HookRegistry:
         if hook.module_name not in taken:
             return hook.module_name
         return f"{hook.module_name}:{kind}" + (f"[{hook.unpack_idx}]" if hook.unpack_idx else "")
+
+
+class _Last:
+    """A hook that can be moved behind those registered since.
+
+    torch takes gradients at a module's boundary behind all its other hooks, so that is where their
+    tensors must be looked at.
+    """
+
+    def __init__(self, register: Callable[..., Any], hook: Callable[..., Any]) -> None:
+        self._register = register
+        self._hook = hook
+        self._handle = register(hook)
+
+    def move(self) -> None:
+        """Be the last again."""
+        self._handle.remove()
+        self._handle = self._register(self._hook)
+
+    def remove(self) -> None:
+        self._handle.remove()
 
 
 def _key_of(hook: HookFunction, kind: Kind) -> PointKey:

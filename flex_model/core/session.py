@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -41,6 +41,8 @@ class Point(Protocol):
     def hooks(self) -> list[HookFunction]: ...
 
     def needs_trace(self) -> bool: ...
+
+    before_trace: Callable[[], None] | None
 
 
 class Session:
@@ -139,7 +141,11 @@ class Session:
             return
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._agree(active, inputs)
-        if any(point.needs_trace() for point in active):
+        unknown = [point for point in active if point.needs_trace()]
+        for point in unknown:
+            if point.before_trace is not None:
+                point.before_trace()
+        if unknown:
             self._watch(inputs, list(tensors_in((args, kwargs))))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:

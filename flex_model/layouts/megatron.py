@@ -7,6 +7,7 @@ parallel regions. Layers return ``(output, bias)``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -41,6 +42,8 @@ def groups(root: nn.Module) -> Mapping[str, ProcessGroup]:
 def tell(site: Site) -> Told | None:
     """Column, Row and VocabParallelEmbedding, from their own fields."""
     kind = _kind(site.module)
+    if kind is None and _is_core_attention(site.module):
+        return _tell_core_attention(site)
     if kind is None or getattr(site.module, "explicit_expert_comm", False):
         return None
     if kind == "ColumnParallelLinear":
@@ -81,6 +84,25 @@ def _tell_row(site: Site) -> Told:
         # Each rank adds the whole bias to its own part of the sequence only.
         return sharded(Shard(0)) if site.index == 0 else Told(Replicate(), Partial())
     return tell_row(site.module, site.side, site.ndim)
+
+
+def _tell_core_attention(site: Site) -> Told | None:
+    """Queries ``[sequence, batch, heads, width]`` and the output ``[sequence, batch, features]``.
+
+    Told because a rank may have cut them out of gathered heads by its rank, which no trace sees.
+    Keys and values of fewer heads than ranks are left open: ranks share them.
+    """
+    if site.side == "output":
+        return sharded(Shard(2)) if site.index == 0 else None
+    config: Any = site.module.config
+    shared = config.num_query_groups < config.tensor_model_parallel_size
+    whole_heads = site.index == 0 or (site.index < 3 and not shared)
+    return sharded(Shard(2)) if whole_heads and site.ndim == 4 else None
+
+
+def _is_core_attention(module: nn.Module) -> bool:
+    attention = loaded("megatron.core.transformer.dot_product_attention")
+    return attention is not None and isinstance(module, attention.DotProductAttention)
 
 
 def _is_gated(root: nn.Module, name: str) -> bool:

@@ -229,6 +229,8 @@ def _embedding(call: Call) -> Mark:
 def _cat(call: Call) -> Mark:
     parts = [(t, m) for t, m in call.operands if t.numel() or t.ndim > 1]
     at = call.argument(1, "dim", 0) % call.out.ndim
+    if all(m is TERM for _, m in parts):
+        return TERM
     mark = _merged([m for _, m in parts])
     return UNKNOWN if isinstance(mark, Cut) and mark.dim == at else mark
 
@@ -274,6 +276,46 @@ def _index_select(call: Call) -> Mark:
     at = call.dims(1)[0]
     index_cut = any(isinstance(m, Cut) for _, m in call.operands[1:])
     return mark if isinstance(mark, Cut) and mark.dim != at and not index_cut else UNKNOWN
+
+
+def _index(call: Call) -> Mark:
+    """``x[indices]``, None where a dim is kept: one integer tensor, on a dim that is not cut."""
+    mark = call.operands[0][1]
+    indices = call.args[1]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    index_marks = [m for _, m in call.operands[1:]]
+    if len(given) != 1 or given[0][1].dtype in (torch.bool, torch.uint8):
+        return UNKNOWN
+    at, index = given[0]
+    if isinstance(index_marks[0], Cut):
+        cut = index_marks[0]
+        return UNKNOWN if isinstance(mark, Cut) else Cut(at + cut.dim, cut.outer)
+    if not isinstance(mark, Cut) or mark.dim == at:
+        return UNKNOWN
+    return Cut(mark.dim + (index.ndim - 1 if mark.dim > at else 0), mark.outer)
+
+
+def _index_put(call: Call) -> Mark:
+    """``x[indices] = values``: a cut dim must be kept, or under a boolean mask cut alike."""
+    mark = call.operands[0][1]
+    if not isinstance(mark, Cut):
+        return UNKNOWN
+    index_marks = {id(t): m for t, m in call.operands[1:]}
+    at = 0
+    for index in call.args[1]:
+        if index is None:
+            at += 1
+            continue
+        masks = index.dtype in (torch.bool, torch.uint8)
+        covered = index.ndim if masks else 1
+        index_mark = index_marks[id(index)]
+        if at <= mark.dim < at + covered:
+            if not (masks and index_mark == Cut(mark.dim - at, mark.outer)):
+                return UNKNOWN
+        elif isinstance(index_mark, Cut):
+            return UNKNOWN
+        at += covered
+    return mark
 
 
 def _gather(call: Call) -> Mark:
@@ -334,6 +376,10 @@ _RULES: dict[str, Rule] = {
     "stack": _stack,
     "constant_pad_nd": _padded,
     "index_select": _index_select,
+    "index": _index,
+    "index_put": _index_put,
+    "index_put_": _index_put,
+    "_index_put_impl_": _index_put,
     "repeat": _repeat,
     "view_as_complex": lambda call: _moved(call, lambda dim: dim if dim < call.out.ndim else None),
     "view_as_real": lambda call: _moved(call, lambda dim: dim),

@@ -62,10 +62,10 @@ class LayoutTrace(TorchDispatchMode):
         self._marks: dict[_Key, tuple[Mark, ...]] = {}
         self._paused = False
 
-    def mark(self, tensor: Tensor, marks: Mapping[str, Mark]) -> None:
-        """State how a tensor lies; mesh dims left out are kept, or whole if nothing is known."""
+    def mark(self, tensor: Tensor, marks: Mapping[str, Mark], otherwise: Mark = UNKNOWN) -> None:
+        """State how a tensor lies; over mesh dims left out, what is known of it stands."""
         local = _local(tensor)
-        known = self._marks.get(_key(local), (WHOLE,) * len(self._names))
+        known = self._marks.get(_key(local), (otherwise,) * len(self._names))
         self._marks[_key(local)] = tuple(
             marks.get(name, old) for name, old in zip(self._names, known, strict=True)
         )
@@ -84,10 +84,8 @@ class LayoutTrace(TorchDispatchMode):
     ) -> None:
         """Parameters and buffers lie as their framework sharded them, else whole."""
         for tensor in (*module.parameters(), *module.buffers()):
-            if isinstance(tensor, DTensor):
-                self.mark(tensor, self._dtensor_marks(tensor))
-            else:
-                self.mark(tensor, marks(tensor))
+            own = self._dtensor_marks(tensor) if isinstance(tensor, DTensor) else marks(tensor)
+            self.mark(tensor, own, otherwise=WHOLE)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -97,6 +95,36 @@ class LayoutTrace(TorchDispatchMode):
             yield
         finally:
             self._paused = before
+
+    def __enter__(self) -> LayoutTrace:
+        # A DTensor that is redistributed or opened passes no operation that names it: its local
+        # tensor comes out of collectives on chunks, or as it is. So these two are followed by name.
+        self._originals = (DTensor.redistribute, DTensor.to_local)
+        DTensor.redistribute = self._following_redistribute(DTensor.redistribute)  # type: ignore[method-assign]
+        DTensor.to_local = self._following_to_local(DTensor.to_local)  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        DTensor.redistribute, DTensor.to_local = self._originals  # type: ignore[method-assign]
+
+    def _following_redistribute(self, original: Callable[..., DTensor]) -> Callable[..., DTensor]:
+        def redistribute(tensor: DTensor, *args: Any, **kwargs: Any) -> DTensor:
+            before = self.marks_of(tensor)
+            result = original(tensor, *args, **kwargs)
+            self.mark(result, {**before, **self._dtensor_marks(result)})
+            return result
+
+        return redistribute
+
+    def _following_to_local(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def to_local(tensor: DTensor, *args: Any, **kwargs: Any) -> Tensor:
+            local = original(tensor, *args, **kwargs)
+            self.mark(local, self.marks_of(tensor))
+            return local
+
+        return to_local
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -152,14 +180,14 @@ class LayoutTrace(TorchDispatchMode):
             targets = outs if functional else operands
             for target, found in zip(targets, marks, strict=False):
                 reduced = {along: WHOLE} if along and name != "wait_tensor" else {}
-                self._set(target, {**found, **reduced})
+                self.mark(target, {**found, **reduced})
         elif name == "allgather":  # into one tensor per rank
             for part in operands[:-1]:
-                self._set(part, {**marks[-1], **({along: WHOLE} if along else {})})
+                self.mark(part, {**marks[-1], **({along: WHOLE} if along else {})})
         elif functional and outs and operands:
-            self._set(outs[0], self._stacked(name, along, marks[0]))
+            self.mark(outs[0], self._stacked(name, along, marks[0]))
         elif len(operands) > 1:
-            self._set(operands[0], self._stacked(name, along, marks[1]))
+            self.mark(operands[0], self._stacked(name, along, marks[1]))
 
     def _stacked(self, name: str, along: str | None, source: Mapping[str, Mark]) -> dict[str, Mark]:
         """All-gather into, and reduce-scatter of, one tensor stacked along dim 0."""
@@ -178,13 +206,6 @@ class LayoutTrace(TorchDispatchMode):
             else:
                 found[dim] = UNKNOWN
         return found
-
-    def _set(self, tensor: Tensor, marks: Mapping[str, Mark]) -> None:
-        local = _local(tensor)
-        known = self._marks.get(_key(local), (UNKNOWN,) * len(self._names))
-        self._marks[_key(local)] = tuple(
-            marks.get(name, old) for name, old in zip(self._names, known, strict=True)
-        )
 
     def _dim_of(self, args: Sequence[Any]) -> str | None:
         """The watched mesh dim that a collective runs along, if it is one."""

@@ -1,0 +1,174 @@
+"""megatron-core's GPT: gated, grouped queries, rotary positions, biases; ``[sequence, batch, h]``.
+
+The whole model is the same one at a tensor-parallel size of 1. Under sequence parallelism the
+stream between the layers is cut along the sequence; Megatron's local norm refuses that, so a torch
+LayerNorm with the mark that Megatron's gradient reduction looks for takes its place.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from flex_model.testing.case import Case, Model, Site
+from frameworks.megatron_cpu import model_parallel
+from frameworks.values import Cut, fill, gather_grads
+
+LAYERS = 2
+HIDDEN = 24
+HEADS = 4
+HEAD_DIM = 8
+INNER = 40
+VOCABULARY = 34
+
+CUTS = {"embedding.word_embeddings.weight": Cut(0), "output_layer.weight": Cut(0)}
+for _layer in range(LAYERS):
+    _name = f"decoder.layers.{_layer}"
+    for _kind in ("weight", "bias"):
+        CUTS[f"{_name}.self_attention.linear_qkv.{_kind}"] = Cut(0)
+        CUTS[f"{_name}.mlp.linear_fc1.{_kind}"] = Cut(0, segments=2)
+    CUTS[f"{_name}.self_attention.linear_proj.weight"] = Cut(1)
+    CUTS[f"{_name}.mlp.linear_fc2.weight"] = Cut(1)
+
+
+class MarkedNorm(nn.LayerNorm):
+    """A LayerNorm whose gradients Megatron is to sum over ranks that hold parts of the sequence."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+
+def _config(tp: int, kv_heads: int, sequence_parallel: bool) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        kv_channels=HEAD_DIM,
+        num_query_groups=kv_heads,
+        ffn_hidden_size=INNER,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _gpt(tp: int, kv_heads: int, sequence_parallel: bool) -> GPTModel:
+    spec = get_gpt_layer_local_spec()
+    if sequence_parallel:
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = MarkedNorm
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * LAYERS, layer_norm=MarkedNorm)
+    module = GPTModel(
+        config=_config(tp, kv_heads, sequence_parallel),
+        transformer_layer_spec=spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=16,
+        parallel_output=False,
+        position_embedding_type="rope",
+    )
+    fill(module, CUTS, parallel_state.get_tensor_model_parallel_rank(), tp)
+    return module
+
+
+def _logits(module: Any, ids: Tensor) -> Tensor:
+    batch, sequence = ids.shape
+    positions = torch.arange(sequence).expand(batch, sequence)
+    hidden = torch.ones(1, 1, sequence, sequence, dtype=torch.bool).triu(1)
+    return module(ids, positions, hidden)
+
+
+@contextmanager
+def build(tp: int, kv_heads: int, sequence_parallel: bool = False) -> Iterator[Model]:
+    """This rank's part; the whole model where ``tp`` is 1."""
+    with model_parallel(tp):
+        module = _gpt(tp, kv_heads, sequence_parallel)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        yield Model(
+            module,
+            _logits,
+            "embedding",
+            lambda: _weight_grads(module),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            embedding_batch_dim=1,
+            embedding_part=lambda x: x.chunk(tp, 0)[rank] if sequence_parallel else x,
+        )
+
+
+def _weight_grads(module: nn.Module) -> dict[str, Tensor]:
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    for parameter in module.parameters():
+        if getattr(parameter, "sequence_parallel", False) and parameter.grad is not None:
+            dist.all_reduce(parameter.grad, group=tp_group)
+    return gather_grads(module, CUTS, tp_group, parallel_state.get_data_parallel_group())
+
+
+def _sites(kv_heads: int, sequence_parallel: bool) -> tuple[Site, ...]:
+    site = partial(Site, batch_dim=1)
+    mixed = (HEADS + 2 * kv_heads) * HEAD_DIM
+    sites = (
+        site("embedding", HIDDEN),
+        # One value for the whole batch, [sequence, 1, 1, width]: rolled along the sequence.
+        Site("rotary_pos_emb", HEAD_DIM, ndim=4, backward=False, hard="rotary"),
+        site("decoder.layers.0", HIDDEN, HIDDEN, keywords_only=True),
+        site("decoder.layers.0.self_attention", HIDDEN, HIDDEN),
+        site(
+            "decoder.layers.1.self_attention.linear_qkv",
+            mixed,
+            HIDDEN,
+            hard="kv heads < ranks" if kv_heads == 1 else "",
+        ),
+        site(
+            "decoder.layers.0.self_attention.core_attention",
+            HEADS * HEAD_DIM,
+            HEAD_DIM,
+            input_ndim=4,
+            hard="between shards",
+        ),
+        site("decoder.layers.0.self_attention.linear_proj", HIDDEN, HEADS * HEAD_DIM),
+        site("decoder.layers.1.input_layernorm", HIDDEN, HIDDEN),
+        site("decoder.layers.0.mlp.linear_fc1", 2 * INNER, HIDDEN),
+        site("decoder.layers.1.mlp.linear_fc2", HIDDEN, INNER),
+        site("output_layer", VOCABULARY, HIDDEN),
+    )
+    if sequence_parallel:  # the embedding below then returns another order of dims
+        return sites
+    return (Site("embedding.word_embeddings", HIDDEN), *sites)
+
+
+def _case(name: str, kv_heads: int = 2, dp: int = 1, sequence_parallel: bool = False) -> Case:
+    return Case(
+        name,
+        2,
+        dp,
+        partial(build, 1, kv_heads),
+        partial(build, 2, kv_heads, sequence_parallel),
+        _sites(kv_heads, sequence_parallel),
+    )
+
+
+CASES = (
+    _case("megatron"),
+    _case("megatron 1 kv head", kv_heads=1),
+    _case("megatron sequence", sequence_parallel=True),
+    _case("megatron tp x dp", dp=2),
+)

@@ -1,0 +1,22 @@
+"""The rows of the parity grid by name; a row's framework is imported when the row is asked for."""
+
+from importlib import import_module
+
+from flex_model.testing.case import Case
+
+_ROWS_BY_MODULE = {
+    "fairscale_llama": ("fairscale", "fairscale tp x dp"),
+    "megatron_gpt": ("megatron", "megatron 1 kv head", "megatron sequence", "megatron tp x dp"),
+    "dtensor_llama": ("dtensor", "dtensor hooked first", "dtensor sequence", "dtensor tp x dp"),
+    "transformers_llama": ("transformers", "transformers 1 kv head", "transformers tp x fsdp"),
+    "ddp_llama": ("ddp",),
+}
+_MODULES = {name: module for module, names in _ROWS_BY_MODULE.items() for name in names}
+
+ROW_NAMES = tuple(_MODULES)
+
+
+def row(name: str) -> Case:
+    """The case of that name, with its framework imported."""
+    cases = import_module(f"frameworks.{_MODULES[name]}").CASES
+    return next(case for case in cases if case.name == name)
