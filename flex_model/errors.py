@@ -1,6 +1,6 @@
 """The errors flex_model raises, one class per rule a caller can break.
 
-Every class shares the base :class:`FlexModelError`, so one ``except`` clause catches them all, and
+Every class shares the base `FlexModelError`, so one ``except`` clause catches them all, and
 also derives from the built-in error a caller would expect (``ValueError`` for a bad value,
 ``TypeError`` for a bad type, ``RuntimeError`` for a state that came about while running).
 """

@@ -12,7 +12,7 @@ __all__ = ["DummyModule"]
 class DummyModule(nn.Module):
     """Returns its input. Put one where a value should be hooked but no module makes it.
 
-    Example:
+    Examples:
         >>> class Block(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

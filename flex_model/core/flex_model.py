@@ -50,7 +50,7 @@ class FlexModel(nn.Module):
         output_ptr: dict that records go to: ``output_ptr[module_name]`` is a list of whole,
             detached CPU tensors, one per call, each the value before any edit. It is only appended
             to; clear it yourself. A further kind of hook on one module records under
-            ``"module_name:kind"`` (see :meth:`record_key`).
+            ``"module_name:kind"`` (see `record_key`).
         tensor_parallel_size: ranks a layer is spread over. Sizes may be left at 1 where they can
             be read off the model or its framework.
         pipeline_parallel_size: pipeline stages.
@@ -67,7 +67,7 @@ class FlexModel(nn.Module):
     Raises:
         ConfigurationError: sizes, mesh or options do not fit the job.
 
-    Example:
+    Examples:
         >>> activations = {}
         >>> model = FlexModel(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), activations)
         >>> model.register_forward_hook(HookFunction("0"))
@@ -138,19 +138,19 @@ class FlexModel(nn.Module):
         self._register(hook_function, "forward")
 
     def register_forward_pre_hook(self, hook_function: HookFunction) -> None:  # type: ignore[override]
-        """Visit a module's input, positional or by keyword. See :meth:`register_forward_hook`."""
+        """Visit a module's input, positional or by keyword. See `register_forward_hook`."""
         self._register(hook_function, "forward_pre")
 
     def register_full_backward_hook(self, hook_function: HookFunction) -> None:  # type: ignore[override]
         """Visit the gradient of a module's positional input.
 
         The whole gradient is that of the one-process loss. Calls in which no gradient reaches the
-        input are passed over. See :meth:`register_forward_hook`.
+        input are passed over. See `register_forward_hook`.
         """
         self._register(hook_function, "full_backward")
 
     def register_full_backward_pre_hook(self, hook_function: HookFunction) -> None:  # type: ignore[override]
-        """Visit the gradient of a module's output. See :meth:`register_full_backward_hook`."""
+        """Visit the gradient of a module's output. See `register_full_backward_hook`."""
         self._register(hook_function, "full_backward_pre")
 
     def register_hook(self, hook_function: HookFunction) -> None:
@@ -265,7 +265,7 @@ class FlexModel(nn.Module):
     ) -> AbstractContextManager[None]:
         """Switch on only these groups while inside, for calls that are not this ``forward``.
 
-        Example:
+        Examples:
             >>> with model.hook_groups("steering"):
             ...     model.generate(**prompt)
         """
@@ -285,7 +285,7 @@ class FlexModel(nn.Module):
         Args:
             *args: passed to the wrapped model.
             groups: hook groups to run. If the wrapped model has a keyword of this name itself, it
-                gets it; choose groups by :meth:`hook_groups` then.
+                gets it; choose groups by `hook_groups` then.
             complement: run every hook but those.
             **kwargs: passed to the wrapped model.
 
@@ -296,8 +296,9 @@ class FlexModel(nn.Module):
             return self._run(args, kwargs)
         taken = signature(self.module.forward).parameters
         if "groups" in taken or "complement" in taken:
-            own = {"groups": groups, "complement": complement}
-            kwargs.update({name: value for name, value in own.items() if name in taken})
+            given: dict[str, Any] = {"complement": complement} if complement else {}
+            given |= {"groups": groups} if groups is not ALL else {}
+            kwargs.update({name: value for name, value in given.items() if name in taken})
             return self._run(args, kwargs)
         with self.hook_groups(groups, complement):
             return self._run(args, kwargs)
@@ -355,7 +356,7 @@ class FlexModel(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`named_parameters`, for buffers."""
+        """As `named_parameters`, for buffers."""
         yield from self.module.named_buffers(prefix, recurse, remove_duplicate)
         inner = f"{prefix}.trainable_modules" if prefix else "trainable_modules"
         yield from self.trainable_modules.named_buffers(inner, recurse, remove_duplicate)

@@ -79,7 +79,12 @@ class HookGroups:
 
     def _chosen(self, members: Members) -> list[HookFunction]:
         if isinstance(members, str):
-            return [hook for hook in self._groups_of if members in hook.module_name]
+            matching = [hook for hook in self._groups_of if members in hook.module_name]
+            if not matching:
+                raise GroupError(
+                    f"No hook function is on a module whose name contains {members!r}."
+                )
+            return matching
         chosen = [members] if isinstance(members, HookFunction) else list(members)
         for hook in chosen:
             if not isinstance(hook, HookFunction):

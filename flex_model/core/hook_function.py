@@ -23,7 +23,7 @@ class HookFunction:
 
     Args:
         module_name: path of the module to hook, as ``named_modules()`` spells it; of the parameter
-            for :meth:`FlexModel.register_hook`.
+            for `FlexModel.register_hook`.
         expected_shape: whole-tensor sizes, None where they are to be filled in. Not needed where
             the layout is found; checked where it is.
         editing_function: ``f(current_module, inputs, save_ctx, modules) -> Tensor``. ``inputs`` is
@@ -38,7 +38,7 @@ class HookFunction:
     A loss built on a whole tensor (stored in ``save_ctx``, say) must be computed on every rank:
     each rank's gradient is its own slice of the whole one.
 
-    Example:
+    Examples:
         >>> def edit(current_module, inputs, save_ctx, modules):
         ...     save_ctx.norm = inputs.norm(dim=-1)
         ...     return modules["probe"](inputs)

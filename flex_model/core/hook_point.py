@@ -118,7 +118,7 @@ class HookPoint:
         """Both full backward hooks: torch passes what may be replaced first."""
         active = self._active()
         gradients = grad_input if isinstance(grad_input, tuple) else (grad_input,)
-        if not active or self.key.index >= len(self._positions):
+        if not active or not self._positions:
             return None
         at = self._positions[self.key.index]
         gradient = gradients[at]
@@ -145,7 +145,7 @@ class HookPoint:
         side = args if self.key.kind == "full_backward" else output
         tree = side if isinstance(side, tuple) else (side,)
         self._positions = [i for i, item in enumerate(tree) if isinstance(item, Tensor)]
-        if self.key.index >= len(self._positions):
+        if not -len(self._positions) <= self.key.index < len(self._positions):
             raise self._missing(
                 "has, as positional inputs or outputs that torch gives gradients of,", tree
             )

@@ -6,7 +6,8 @@ replica draw alike whatever their own seeds, calls differ from each other, and t
 never notices. Setting a generator aside costs about two microseconds.
 
 Activation checkpointing runs the forward again inside backward and must meet the same noise. The
-recomputed activation is the same to the bit, so it is recognised by a few of its values.
+recomputed activation is the same to the bit, so it is recognised by its content; of calls that saw
+the same content, autograd's sequence numbers tell which one is repeated.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +26,27 @@ from flex_model.errors import RecomputeError
 __all__ = ["RandomStreams", "in_backward"]
 
 _REMEMBERED_CALLS = 4096
-_PROBES = 16
 _SEED_BITS = 2**63 - 1
 
 
 def in_backward() -> bool:
     """Whether autograd is running: a forward inside it is a recompute."""
     return torch._C._current_graph_task_id() != -1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call that drew random numbers.
+
+    Attributes:
+        key: what its stream was seeded with.
+        sequence: autograd's count of nodes when it ran.
+        recorded: whether autograd recorded it (reentrant checkpointing runs it unrecorded).
+    """
+
+    key: int
+    sequence: int
+    recorded: bool
 
 
 class RandomStreams:
@@ -45,7 +61,7 @@ class RandomStreams:
         self._where = where
         self._root = int.from_bytes(hashlib.blake2b(f"{seed}:{where}".encode()).digest()[:8], "big")
         self._calls = 0
-        self._drawn: OrderedDict[tuple[Any, ...], int] = OrderedDict()
+        self._drawn: OrderedDict[tuple[Any, ...], list[_Call]] = OrderedDict()
 
     def run(self, edit: Callable[[], Any], local: Tensor, order: int) -> Any:
         """Call an edit on its own stream.
@@ -87,13 +103,25 @@ class RandomStreams:
                 f"of shape {tuple(local.shape)} is none that the forward saw, so the noise cannot "
                 "be the same. Make the recomputed region deterministic (preserve_rng_state=True)."
             )
-        if not in_backward():
-            self._drawn[(order, *_fingerprint(local))] = key
-            while len(self._drawn) > _REMEMBERED_CALLS:
-                self._drawn.popitem(last=False)
+        if in_backward():
+            return
+        call = _Call(key, torch.autograd._get_sequence_nr(), torch.is_grad_enabled())
+        self._drawn.setdefault((order, *_fingerprint(local)), []).append(call)
+        while len(self._drawn) > _REMEMBERED_CALLS:
+            self._drawn.popitem(last=False)
 
     def _recalled(self, local: Tensor, order: int) -> int | None:
-        return self._drawn.get((order, *_fingerprint(local)))
+        """The stream of the call that a recompute repeats."""
+        calls = self._drawn.get((order, *_fingerprint(local)))
+        if not calls:
+            return None
+        node = torch._C._current_autograd_node()._sequence_nr()
+        if not calls[-1].recorded:
+            # The checkpoint's own node was made just before the call.
+            return min(calls, key=lambda call: abs(call.sequence - node)).key
+        # The node that wants its tensors back was made in the same region, mostly after the call.
+        earlier = [call for call in calls if call.sequence <= node]
+        return (earlier[-1] if earlier else calls[0]).key
 
 
 def _mixed(calls: int, order: int) -> int:
@@ -112,6 +140,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 def _fingerprint(local: Tensor) -> tuple[Any, ...]:
-    flat = local.detach().reshape(-1)
-    probes = flat[:: max(1, flat.numel() // _PROBES)]
-    return (*local.shape, *probes.tolist())
+    """What tells one activation from another: a change of any entry changes a sum."""
+    flat = local.detach().reshape(-1).to(torch.float64)
+    ramp = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
+    return (*local.shape, *torch.stack((flat.sum(), flat @ ramp)).tolist())

@@ -28,7 +28,7 @@ KINDS: tuple[Kind, ...] = (
 class HookRegistry:
     """The hook points of one wrapped model.
 
-    Hook functions of one kind on one tensor of one module share a :class:`HookPoint`. Everything
+    Hook functions of one kind on one tensor of one module share a `HookPoint`. Everything
     done to the model is noted with what undoes it.
     """
 
@@ -63,7 +63,7 @@ class HookRegistry:
         self._target(hook.module_name, kind)
 
     def register(self, hook: HookFunction, kind: Kind) -> None:
-        """Let a hook function visit its module (or parameter). Raises as :meth:`check` does."""
+        """Let a hook function visit its module (or parameter). Raises as `check` does."""
         self.check(hook, kind)
         key = _key_of(hook, kind)
         point = self._points.get(key)

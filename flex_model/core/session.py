@@ -125,7 +125,7 @@ class Session:
         if self.trace is not None:
             trace, self.trace = self.trace, None
             self._unwatch()
-            trace.__exit__(None, None, None)
+            trace.stop()
 
     def dtensor_marks(self, tensor: DTensor) -> dict[str, Mark]:
         """How a DTensor lies over the job's mesh."""
@@ -182,7 +182,7 @@ class Session:
             trace.mark(tensor, self._input_marks(tensor, inputs[0], id(tensor) in plain))
         self.trace = trace
         self._watch_layers(trace)
-        trace.__enter__()
+        trace.start()
 
     def _parameter_marks(self, name: str | None, tensor: Tensor) -> Mapping[str, Mark]:
         placement = parameter_placement(self.root, name, tensor) if name else None

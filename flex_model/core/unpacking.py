@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["count_tensors", "find_tensor", "tensors_in"]
 
+# What key/value caches keep their tensors in, outermost first; a dict's keys() is no tensor.
+_CACHES = (("self_attention_cache", "cross_attention_cache"), ("layers",), ("keys", "values"))
+
 Repack = Callable[[Tensor], Any]
 
 
@@ -37,6 +40,8 @@ def find_tensor(tree: Any, index: int) -> tuple[Tensor, Repack] | None:
         return tree[0], lambda new: (new, *rest)  # what most layers return, without a flatten
     if index < 0:
         index += count_tensors(tree)
+        if index < 0:
+            return None
     leaves, spec = tree_flatten(tree)
     for position, leaf in enumerate(leaves):
         held = count_tensors(leaf) if not isinstance(leaf, Tensor) else 1
@@ -78,17 +83,10 @@ def _fields(leaf: Any) -> list[tuple[str, Any]]:
     """What an object that pytree leaves closed holds: dataclass fields, or a cache's."""
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         return [(f.name, getattr(leaf, f.name)) for f in dataclasses.fields(leaf)]
-    if isinstance(getattr(leaf, "layers", None), list):
-        return [("layers", leaf.layers)]
-    if _is_cache_layer(leaf):
-        return [(name, getattr(leaf, name)) for name in ("keys", "values")]
+    for names in _CACHES:
+        if all(hasattr(leaf, name) for name in names):
+            return [(name, getattr(leaf, name)) for name in names]
     return []
-
-
-def _is_cache_layer(leaf: Any) -> bool:
-    return isinstance(getattr(leaf, "keys", None), Tensor) and isinstance(
-        getattr(leaf, "values", None), Tensor
-    )
 
 
 def _find_in_object(leaf: Any, index: int) -> tuple[Tensor, Repack] | None:

@@ -64,7 +64,7 @@ def gather_along(
     blocks: int = 1,
     shard_sizes: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """As :func:`all_gather_along`, but only global rank ``destination`` gets the whole tensor."""
+    """As `all_gather_along`, but only global rank ``destination`` gets the whole tensor."""
     here = dist.get_rank() == destination
 
     def exchange(part: Tensor) -> Sequence[Tensor]:

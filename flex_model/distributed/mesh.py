@@ -38,7 +38,6 @@ class ParallelMesh:
     ranks: tuple[int, ...] = (0,)
     everyone: ProcessGroup | None = None
     _groups: Mapping[str, ProcessGroup] = field(default_factory=dict)
-    _coordinates: Mapping[str, int] = field(default_factory=dict)
 
     def size(self, name: str) -> int:
         """Ranks along a mesh dim; 1 where the job has no such dim."""
@@ -50,14 +49,14 @@ class ParallelMesh:
 
     def coordinate(self, name: str) -> int:
         """This rank's place along a mesh dim."""
-        return self._coordinates.get(name, 0)
+        return self._groups[name].rank() if name in self._groups else 0
 
     def coordinate_of(self, rank: int, name: str) -> int:
-        """The place of another global rank along a mesh dim."""
+        """The place of any global rank along a mesh dim: its place in its own group there."""
         if self.device_mesh is None or name not in self.names:
             return 0
-        at = (self.device_mesh.mesh == rank).nonzero()[0]
-        return int(at[self.names.index(name)])
+        # Groups count their members in the order of global ranks, whatever the mesh's order.
+        return sorted(_row(self.device_mesh.mesh, self.names.index(name), rank)).index(rank)
 
     def rank_at(self, name: str, index: int) -> int:
         """Global rank of the ``index``-th member of this rank's group along ``name``."""
@@ -172,8 +171,7 @@ def _wrapped(
             if whole_world
             else dist.new_group(list(ranks), use_local_synchronization=True)
         )
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
+    if mesh.get_coordinate() is None:
         raise ConfigurationError(f"Rank {dist.get_rank()} is not in the mesh over ranks {ranks}.")
     return ParallelMesh(
         device_mesh=mesh,
@@ -181,16 +179,15 @@ def _wrapped(
         ranks=ranks,
         everyone=everyone,
         _groups={name: mesh.get_group(name) for name in names},
-        _coordinates=dict(zip(names, coordinate, strict=True)),
     )
 
 
-def _row(layout: torch.Tensor, axis: int) -> list[int]:
-    """The ranks of this rank's line along one axis of the layout."""
-    here = (layout == dist.get_rank()).nonzero()
+def _row(layout: torch.Tensor, axis: int, rank: int) -> list[int]:
+    """The ranks of a rank's line along one axis of the layout."""
+    here = (layout == rank).nonzero()
     if len(here) == 0:
         raise ConfigurationError(
-            f"Rank {dist.get_rank()} is not among the model's ranks {layout.flatten().tolist()}."
+            f"Rank {rank} is not among the model's ranks {layout.flatten().tolist()}."
         )
     index: list[int | slice] = here[0].tolist()
     index[axis] = slice(None)
@@ -199,11 +196,11 @@ def _row(layout: torch.Tensor, axis: int) -> list[int]:
 
 def _new_group(layout: torch.Tensor, axis: int) -> ProcessGroup:
     # Only the members meet, so a model on a part of the world makes its groups alone.
-    return dist.new_group(_row(layout, axis), use_local_synchronization=True)
+    return dist.new_group(_row(layout, axis, dist.get_rank()), use_local_synchronization=True)
 
 
 def _check_row(layout: torch.Tensor, axis: int, name: str, group: ProcessGroup) -> None:
-    due, found = _row(layout, axis), dist.get_process_group_ranks(group)
+    due, found = _row(layout, axis, dist.get_rank()), dist.get_process_group_ranks(group)
     if due != found:
         raise ConfigurationError(
             f"The framework's {name} group of rank {dist.get_rank()} is {found}, but in "

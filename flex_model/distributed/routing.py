@@ -71,7 +71,7 @@ def gather(
 def reshard(
     whole: Tensor, layout: ActivationLayout, mesh: ParallelMesh, memory: GradientMemory
 ) -> Tensor:
-    """This rank's local tensor of a whole one: :func:`gather`'s adjoint and inverse."""
+    """This rank's local tensor of a whole one: `gather`'s adjoint and inverse."""
     if layout.trivial:
         return whole
     return _Reshard.apply(whole, layout, mesh, memory)

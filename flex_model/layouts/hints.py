@@ -78,10 +78,11 @@ def _rule_broken(layout: ActivationLayout, dim: int, size: int, local: int, whol
     )
 
 
-def _whole_but_dp(layout: ActivationLayout, local_shape: Sequence[int], dim: int) -> int:
+def _whole_but_dp(layout: ActivationLayout, local_shape: Sequence[int], dim: int) -> int | None:
+    """The batch of this rank alone, where `dim` is the batch."""
     without = ActivationLayout(tuple(d for d in layout.dims if d.name != "dp"))
     is_batch = any(
         d.name == "dp" and is_sharded(d.value) and shard_dim(d.value) == dim  # type: ignore[arg-type]
         for d in layout.dims
     )
-    return without.whole_shape(tuple(local_shape))[dim] if is_batch else -1
+    return without.whole_shape(tuple(local_shape))[dim] if is_batch else None

@@ -96,7 +96,7 @@ class DimLayout:
 
 @dataclass(frozen=True)
 class ActivationLayout:
-    """How one activation lies over the mesh: one :class:`DimLayout` per mesh dim, outermost first.
+    """How one activation lies over the mesh: one `DimLayout` per mesh dim, outermost first.
 
     Assembling goes from the last mesh dim to the first (tp, then dp), re-sharding the other way.
     """

@@ -6,6 +6,7 @@ A mark says, for one tensor and one mesh dim, what the ranks along it hold:
 * ``Cut(dim, outer)``: slices of tensor dim ``dim``. The dim's local entries, in row-major order,
   are ``outer`` unsharded blocks each of which is sharded from its front; ``outer == 1`` is torch's
   ``Shard(dim)``, anything else its ``_StridedShard(dim, split_factor=outer)``;
+* ``OneOf(cuts)``: a cut that local shapes alone leave open;
 * ``TERM``: terms of a sum;
 * ``FOREIGN``: not computed in the watched forward (a cache, a constant kept in a Python attribute),
   so nothing is known of it, and it is taken to fit what it is combined with;
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -24,7 +25,19 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from flex_model.layouts.layout import block_count, is_sharded, shard_dim
 
-__all__ = ["FOREIGN", "TERM", "UNKNOWN", "WHOLE", "Cut", "Mark", "from_placement", "reviewed"]
+__all__ = [
+    "FOREIGN",
+    "TERM",
+    "UNKNOWN",
+    "WHOLE",
+    "Cut",
+    "Mark",
+    "OneOf",
+    "from_placement",
+    "one_of",
+    "reviewed",
+    "to_placement",
+]
 
 
 class _State(enum.Enum):
@@ -48,7 +61,14 @@ class Cut:
     outer: int = 1
 
 
-Mark = Cut | _State
+@dataclass(frozen=True)
+class OneOf:
+    """Cut in one of these ways: which one, a later operation may decide."""
+
+    cuts: frozenset[Cut]
+
+
+Mark = Cut | OneOf | _State
 
 
 def from_placement(placement: Placement, ndim: int) -> Mark:
@@ -69,54 +89,61 @@ def to_placement(mark: Mark) -> Placement | None:
     return Partial() if mark is TERM else None
 
 
-def reviewed(mark: Mark, before: Sequence[int], after: Sequence[int]) -> Mark:
-    """The mark of ``tensor.view(after)``, from local shapes alone.
+def one_of(marks: Iterable[Mark]) -> Mark:
+    """What is known when one of several marks is right: the cuts among them."""
+    cuts: set[Cut] = set()
+    for mark in marks:
+        if isinstance(mark, OneOf):
+            cuts |= mark.cuts
+        elif isinstance(mark, Cut):
+            cuts.add(mark)
+    if len(cuts) == 1:
+        return cuts.pop()
+    return OneOf(frozenset(cuts)) if cuts else UNKNOWN
 
-    Dims are matched in the smallest groups of equal size. Within its group a cut lies behind a
-    number of unsharded leading entries, which a view does not change.
+
+def reviewed(mark: Mark, before: Sequence[int], after: Sequence[int]) -> Mark:
+    """The mark of `tensor.view(after)`, from local shapes alone.
+
+    A cut lies behind a number of leading entries that a view does not change; it may begin at any
+    dim of the result that as many entries lead up to. Dims of length 1 (one head, one sample on
+    this rank) can leave more than one.
 
     >>> reviewed(Cut(2), (4, 5, 12), (4, 5, 3, 4))      # split heads: sharded heads
     Cut(dim=2, outer=1)
     >>> reviewed(Cut(1), (5, 4, 8), (20, 8))            # [sequence, batch] flattened
     Cut(dim=0, outer=5)
     """
-    if not isinstance(mark, Cut):
+    if not isinstance(mark, Cut) or tuple(before) == tuple(after):
         return mark
     if 0 in before or 0 in after:
-        return mark if tuple(before) == tuple(after) else UNKNOWN
-    for ins, outs in _groups(before, after):
-        if mark.dim not in ins:
-            continue
-        leading = mark.outer * math.prod(before[d] for d in ins if d < mark.dim)
-        for out in outs:
-            if leading % after[out] == 0 and leading > 1:
-                leading //= after[out]
-            elif after[out] % leading == 0:
-                return Cut(out, leading)
-            else:
-                return UNKNOWN
         return UNKNOWN
-    return UNKNOWN
+    leading = math.prod(before[: mark.dim]) * mark.outer
+    own_length = before[mark.dim] // mark.outer
+    ones_before, ones_after = _ones_behind(leading, before), _ones_behind(leading, after)
+    if mark.dim in ones_before and len(ones_before) == len(ones_after):
+        return Cut(ones_after[ones_before.index(mark.dim)])
+    possible = _cuts_behind(leading, after)
+    if own_length > 1:
+        # A longer shard becomes a lone entry only of a dim that the view puts in.
+        inserted = len(ones_after) > len(ones_before)
+        long = [cut for cut in possible if after[cut.dim] > cut.outer]
+        possible = [
+            c for c in possible if c in long or (inserted and c.dim in ones_after)
+        ] or possible
+    return one_of(possible)
 
 
-def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Matching runs of dims ``(ins, outs)`` with equal products, as small as they can be."""
-    groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(before) and j < len(after):
-        ins, outs = [i], [j]
-        size_in, size_out = before[i], after[j]
-        i, j = i + 1, j + 1
-        while size_in != size_out:
-            if size_in < size_out and i < len(before):
-                size_in *= before[i]
-                ins.append(i)
-                i += 1
-            elif j < len(after):
-                size_out *= after[j]
-                outs.append(j)
-                j += 1
-            else:
-                return groups
-        groups.append((ins, outs))
-    return groups
+def _cuts_behind(leading: int, shape: Sequence[int]) -> list[Cut]:
+    """Every cut that `leading` entries lie in front of."""
+    cuts = []
+    for dim, size in enumerate(shape):
+        outer, rest = divmod(leading, math.prod(shape[:dim]))
+        if rest == 0 and outer > 0 and size % outer == 0:
+            cuts.append(Cut(dim, outer))
+    return cuts
+
+
+def _ones_behind(leading: int, shape: Sequence[int]) -> list[int]:
+    """Dims of length 1 that `leading` entries lie in front of."""
+    return [d for d, size in enumerate(shape) if size == 1 and math.prod(shape[:d]) == leading]

@@ -8,16 +8,29 @@ into it: never a guess.
 
 from __future__ import annotations
 
+import itertools
+import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flex_model.layouts.marks import FOREIGN, TERM, UNKNOWN, WHOLE, Cut, Mark, reviewed
+from flex_model.layouts.marks import (
+    FOREIGN,
+    TERM,
+    UNKNOWN,
+    WHOLE,
+    Cut,
+    Mark,
+    OneOf,
+    one_of,
+    reviewed,
+)
 
-__all__ = ["Call", "propagate"]
+__all__ = ["Call", "has_rule", "propagate"]
 
 
 @dataclass(frozen=True)
@@ -53,15 +66,37 @@ Rule = Callable[[Call], Mark]
 
 
 def propagate(call: Call) -> Mark:
-    """The mark of ``call.out`` over one mesh dim.
+    """The mark of `call.out` over one mesh dim.
 
-    Whole operands give whole results whatever the operation; unknown ones poison.
+    Whole operands give whole results whatever the operation; unknown ones poison. Where an operand
+    is cut in one of several ways, those stay under which the operation makes sense.
     """
+    open_marks = [mark.cuts if isinstance(mark, OneOf) else (mark,) for _, mark in call.operands]
+    if math.prod(len(marks) for marks in open_marks) > _MOST_COMBINATIONS:
+        return UNKNOWN
+    tensors = [tensor for tensor, _ in call.operands]
+    found = [
+        _propagate_one(replace(call, operands=list(zip(tensors, marks, strict=True))))
+        for marks in itertools.product(*open_marks)
+    ]
+    return found[0] if len(found) == 1 else one_of(found)
+
+
+def has_rule(func: Any) -> bool:
+    """Whether an operation is followed as it is."""
+    return func.overloadpacket.__name__ in _RULES or torch.Tag.pointwise in func.tags
+
+
+def _propagate_one(call: Call) -> Mark:
+    if call.name in _OVERWRITING:  # what was there before has no say
+        call = replace(call, operands=call.operands[1:])
     marks = [mark for _, mark in call.operands]
-    if any(mark is UNKNOWN for mark in marks):
+    if UNKNOWN in marks:
         return UNKNOWN
     if not any(isinstance(mark, Cut) or mark is TERM for mark in marks):
         return FOREIGN if FOREIGN in marks else WHOLE
+    if TERM in marks and call.name not in _LINEAR:
+        return UNKNOWN
     rule = _RULES.get(call.name)
     if rule is None:
         rule = pointwise if torch.Tag.pointwise in call.func.tags else _unknown
@@ -85,17 +120,10 @@ def _merged(marks: Sequence[Mark]) -> Mark:
 
 def pointwise(call: Call) -> Mark:
     """Operands broadcast against each other; sums of terms stay terms only under linear ones."""
-    # What is overwritten has no say in the result.
-    operands = call.operands[1:] if call.name == "copy_" else call.operands
+    operands = call.operands
     marks = [mark for _, mark in operands]
     if TERM in marks:
-        scaled = call.name in {"mul", "div", "mul_", "div_"} and marks[0] is TERM
-        linear = call.name in {"add", "sub", "add_", "sub_"} | _COPIES | {"neg"}
-        if linear and all(mark is TERM for mark in marks):
-            return TERM
-        if scaled and all(mark in (WHOLE, FOREIGN) for mark in marks[1:]):
-            return TERM
-        return UNKNOWN
+        return _linear(call, marks)
     return _merged(
         [
             Cut(mark.dim + call.out.ndim - operand.ndim, mark.outer)
@@ -104,6 +132,23 @@ def pointwise(call: Call) -> Mark:
             for operand, mark in operands
         ]
     )
+
+
+def _linear(call: Call, marks: Sequence[Mark]) -> Mark:
+    """Sums of terms are terms, and so are terms times (or over) what is whole: nothing else."""
+    name = call.name.rstrip("_")
+    if name in ("mul", "div"):
+        rounded = call.kwargs.get("rounding_mode") is not None
+        numerator = marks[0] is TERM or name == "mul"
+        others = list(marks)
+        others.remove(TERM)
+        fits = numerator and not rounded and all(mark in (WHOLE, FOREIGN) for mark in others)
+        return TERM if fits else UNKNOWN
+    if name in ("add", "sub"):  # a number would be added once on every rank
+        return TERM if len(marks) == 2 and all(mark is TERM for mark in marks) else UNKNOWN
+    dtypes = (call.out.dtype, call.operands[-1][0].dtype)
+    exact = dtypes[0] == dtypes[1] or all(dtype.is_floating_point for dtype in dtypes)
+    return TERM if exact and all(mark is TERM for mark in marks) else UNKNOWN
 
 
 def _view(call: Call) -> Mark:
@@ -163,18 +208,29 @@ def _along(position: int, default: int | None = None) -> Rule:
         source = call.operands[0][0]
         given = call.argument(position, "dim", default)
         at = given % max(source.ndim, 1) if isinstance(given, int) else 0
-        untouched = source.shape == call.out.shape and call.name == "slice"
+        untouched = call.name == "slice" and _takes_all(call)
         return _moved(call, lambda dim: None if dim == at and not untouched else dim)
 
     return rule
 
 
+def _takes_all(call: Call) -> bool:
+    """`x[:]`: an end that is a number may be the end of the shard only."""
+    start, end, step = (
+        call.argument(at, name, default)
+        for at, name, default in ((2, "start", None), (3, "end", None), (4, "step", 1))
+    )
+    return start in (None, 0) and (end is None or end >= sys.maxsize) and step == 1
+
+
 def _reduce(position: int) -> Rule:
     def rule(call: Call) -> Mark:
         source, mark = call.operands[0]
+        if isinstance(call.argument(position, "dim", None), Tensor):
+            return pointwise(call)  # max and min of two tensors go by the same name
         dims = call.dims(position)
         if not isinstance(mark, Cut):
-            return UNKNOWN
+            return mark  # a sum of terms
         if mark.dim in dims:
             return TERM if call.name == "sum" else UNKNOWN
         if call.out.ndim == source.ndim:
@@ -191,16 +247,13 @@ def _matmul(call: Call) -> Mark:
     found = {
         _factor(left_mark, "bmk"[-left.ndim :], right_mark, "bkn"[-right.ndim :], out),
         _factor(right_mark, "bkn"[-right.ndim :], left_mark, "bmk"[-left.ndim :], out),
-    }
+    } - {WHOLE, FOREIGN}
     if bias and call.kwargs.get("beta", 1) != 0:
         operand, mark = bias[0]
         if isinstance(mark, Cut):
             found.add(Cut(mark.dim + call.out.ndim - operand.ndim, mark.outer))
         elif mark is TERM or TERM in found:
             found.add(mark)  # a whole bias on every term would be summed once per rank
-    found.discard(FOREIGN)
-    if len(found) > 1:
-        found.discard(WHOLE) if TERM not in found else None
     return found.pop() if len(found) == 1 else UNKNOWN
 
 
@@ -242,12 +295,15 @@ def _stack(call: Call) -> Mark:
 
 
 def _attention(call: Call) -> Mark:
-    """Fused scaled-dot-product attention, [batch, heads, sequence, width]: batch and heads pass."""
-    marks = [m for _, m in call.operands[:3]]
-    mark = _merged(marks)
-    fits = isinstance(mark, Cut) and mark.dim in (0, 1) and call.out.ndim == 4
-    whole_operand = any(m is WHOLE for m in marks)
-    return mark if fits and not (whole_operand and mark.dim == 0) else UNKNOWN  # type: ignore[union-attr]
+    """Fused scaled-dot-product attention, [batch, heads, sequence, width]: batch and heads pass.
+
+    An operand that is whole there would be met by another part of the others on one process.
+    """
+    mark = _merged([m for _, m in call.operands[:3]])
+    if not isinstance(mark, Cut) or mark.dim > 1 or call.out.ndim != 4:
+        return UNKNOWN
+    fits = all(m is not WHOLE or t.shape[mark.dim] == 1 for t, m in call.operands[:3])
+    return mark if fits else UNKNOWN
 
 
 def _normalised_last(call: Call) -> Mark:
@@ -267,8 +323,14 @@ def _batched(call: Call) -> Mark:
 
 
 def _padded(call: Call) -> Mark:
-    source = call.operands[0][0]
-    return _moved(call, lambda dim: dim if source.shape[dim] == call.out.shape[dim] else None)
+    """Padding is listed in pairs from the last dim on; a cut dim must get none."""
+    padding, ndim = list(call.args[1]), call.out.ndim
+
+    def place(dim: int) -> int | None:
+        at = 2 * (ndim - 1 - dim)
+        return None if any(padding[at : at + 2]) else dim
+
+    return _moved(call, place)
 
 
 def _index_select(call: Call) -> Mark:
@@ -338,27 +400,39 @@ _COPIES = {
     "_conj", "view_as_real_copy", "resolve_conj",
 }  # fmt: skip
 
+# Under these, terms of a sum may stay terms of a sum.
+_LINEAR = {
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "expand",
+    "squeeze", "unsqueeze", "select", "slice", "split", "split_with_sizes", "unbind", "cat", "neg",
+    "clone", "detach", "alias", "contiguous", "_to_copy", "copy_", "add", "add_", "sub", "sub_",
+    "mul", "mul_", "div", "div_", "mm", "bmm", "addmm", "baddbmm", "sum", "cumsum",
+}  # fmt: skip
+_OVERWRITING = {"copy_", "copy"}
+_MOST_COMBINATIONS = 64
+
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
          "native_dropout", "bernoulli", "bernoulli_", "where", "masked_fill", "masked_fill_",
-         "fill_", "zero_", "_fused_dropout", *_COPIES],
+         "fill_", "zero_", "_fused_dropout", "floor_divide", "floor_divide_", *_COPIES],
         pointwise,
     ),
+    # A constant of sizes that may or may not be local ones: it fits what it is combined with.
+    **dict.fromkeys(["new_empty", "new_zeros", "new_ones", "new_full"], lambda call: FOREIGN),
     **dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias"], _view),
-    **dict.fromkeys(["transpose", "t", "transpose_"], _transpose),
+    **dict.fromkeys(["transpose", "t"], _transpose),
     **dict.fromkeys(["mm", "bmm", "addmm", "baddbmm", "baddbmm_", "addmm_"], _matmul),
     **dict.fromkeys(["sum", "mean", "amax", "amin", "any", "all", "prod", "logsumexp", "var", "std",
                      "argmax", "argmin", "max", "min"], _reduce(1)),
     **dict.fromkeys(["linalg_vector_norm", "norm"], _reduce(2)),
-    **dict.fromkeys(["_softmax", "_log_softmax", "cumsum", "cummax", "slice", "unfold"],
-                    _along(1, 0)),
+    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cummax", "slice",
+                     "unfold"], _along(1, 0)),
     **dict.fromkeys(["split", "split_with_sizes"], _along(2, 0)),
     **dict.fromkeys(["topk"], _along(2, -1)),
     **dict.fromkeys(["sort"], _along(1, -1)),
     **dict.fromkeys(["select", "unbind"], _select),
-    **dict.fromkeys(["squeeze", "squeeze_"], _squeeze),
-    **dict.fromkeys(["unsqueeze", "unsqueeze_"], _unsqueeze),
+    **dict.fromkeys(["squeeze"], _squeeze),
+    **dict.fromkeys(["unsqueeze"], _unsqueeze),
     **dict.fromkeys(["native_layer_norm", "_fused_rms_norm", "rms_norm"], _normalised_last),
     **dict.fromkeys(["convolution", "native_group_norm"], _batched),
     **dict.fromkeys(["gather", "scatter", "scatter_", "scatter_add", "scatter_add_"], _gather),

@@ -10,6 +10,7 @@ ordinary forward.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flex_model.layouts.marks import FOREIGN, TERM, UNKNOWN, WHOLE, Cut, Mark
-from flex_model.layouts.propagation import Call, propagate
+from flex_model.layouts.marks import FOREIGN, TERM, UNKNOWN, WHOLE, Cut, Mark, OneOf, one_of
+from flex_model.layouts.propagation import Call, has_rule, propagate
 
 __all__ = ["LayoutTrace"]
 
@@ -35,7 +37,8 @@ _IN_PLACE = frozenset({"allreduce", "all_reduce", "wait_tensor", "broadcast"})
 _GATHERS = frozenset({"_allgather_base", "all_gather_into_tensor"})
 _SCATTERS = frozenset({"_reduce_scatter_base", "reduce_scatter_tensor"})
 
-_Key = tuple[int, tuple[int, ...], tuple[int, ...]]
+_Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+_CUTS = (Cut, OneOf)
 
 
 class LayoutTrace(TorchDispatchMode):
@@ -45,8 +48,8 @@ class LayoutTrace(TorchDispatchMode):
         groups: process group by mesh dim, for the dims to watch.
         dtensor_marks: how a DTensor lies over those mesh dims.
 
-    Tensors are known by memory, shape and strides, for autograd makes new Python objects of a view
-    but not new memory.
+    Tensors are known by memory, offset, shape and strides, for autograd makes new Python objects
+    of a view but not new memory.
     """
 
     def __init__(
@@ -60,14 +63,16 @@ class LayoutTrace(TorchDispatchMode):
         self._sizes = {name: group.size() for name, group in groups.items()}
         self._dtensor_marks = dtensor_marks
         self._marks: dict[_Key, tuple[Mark, ...]] = {}
+        self._keys_of: defaultdict[int, set[_Key]] = defaultdict(set)
+        self._storages: dict[int, StorageWeakRef] = {}
         self._paused = False
 
     def mark(self, tensor: Tensor, marks: Mapping[str, Mark], otherwise: Mark = UNKNOWN) -> None:
         """State how a tensor lies; over mesh dims left out, what is known of it stands."""
-        local = _local(tensor)
-        known = self._marks.get(_key(local), (otherwise,) * len(self._names))
-        self._marks[_key(local)] = tuple(
-            marks.get(name, old) for name, old in zip(self._names, known, strict=True)
+        key = self._key(_local(tensor))
+        known = self._marks.get(key, (otherwise,) * len(self._names))
+        self._set(
+            key, tuple(marks.get(name, old) for name, old in zip(self._names, known, strict=True))
         )
 
     def marks_of(self, tensor: Tensor) -> dict[str, Mark]:
@@ -96,17 +101,20 @@ class LayoutTrace(TorchDispatchMode):
         finally:
             self._paused = before
 
-    def __enter__(self) -> LayoutTrace:
-        # A DTensor that is redistributed or opened passes no operation that names it: its local
-        # tensor comes out of collectives on chunks, or as it is. So these two are followed by name.
+    def start(self) -> None:
+        """Watch from here on.
+
+        A DTensor that is redistributed or opened passes no operation that names it: its local
+        tensor comes out of collectives on chunks, or as it is. So these two are followed by name.
+        """
         self._originals = (DTensor.redistribute, DTensor.to_local)
         DTensor.redistribute = self._following_redistribute(DTensor.redistribute)  # type: ignore[method-assign]
         DTensor.to_local = self._following_to_local(DTensor.to_local)  # type: ignore[method-assign]
-        super().__enter__()
-        return self
+        self.__enter__()
 
-    def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
+    def stop(self) -> None:
+        """Leave torch as it was."""
+        self.__exit__(None, None, None)
         DTensor.redistribute, DTensor.to_local = self._originals  # type: ignore[method-assign]
 
     def _following_redistribute(self, original: Callable[..., DTensor]) -> Callable[..., DTensor]:
@@ -130,6 +138,11 @@ class LayoutTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        if is_composite(func):  # under inference_mode these come whole
+            with self:
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # Looked up before the call: an in-place operation changes what its operand is.
         marks = [self.marks_of(operand) for operand in operands]
@@ -159,10 +172,43 @@ class LayoutTrace(TorchDispatchMode):
                 mark = propagate(Call(func, args, kwargs, pairs, local))
                 # The further results of fused attention and norms have shapes of their own.
                 lost = position > 0 and local.ndim != _local(outs[0]).ndim
-                found[name] = UNKNOWN if lost and isinstance(mark, Cut) else mark
+                found[name] = UNKNOWN if lost and isinstance(mark, _CUTS) else mark
             if isinstance(out, DTensor):
                 found.update(self._dtensor_marks(out))
-            self._marks[_key(local)] = tuple(found[name] for name in self._names)
+            self._record(local, found, written=func._schema.is_mutable)
+
+    def _record(self, local: Tensor, marks: Mapping[str, Mark], *, written: bool) -> None:
+        """Note a result; what shares the memory of a tensor written to is no longer known."""
+        key = self._key(local)
+        found = tuple(marks[name] for name in self._names)
+        if written:
+            for other in self._keys_of[key[0]] - {key}:
+                self._marks[other] = tuple(
+                    old if old == new else UNKNOWN
+                    for old, new in zip(self._marks[other], found, strict=True)
+                )
+        elif 1 in local.shape and key in self._marks:
+            # Two views of one memory with a lone dim here and there cannot be told apart.
+            found = tuple(
+                one_of((old, new)) if isinstance(old, _CUTS) and isinstance(new, _CUTS) else new
+                for old, new in zip(self._marks[key], found, strict=True)
+            )
+        self._set(key, found)
+
+    def _set(self, key: _Key, marks: tuple[Mark, ...]) -> None:
+        self._keys_of[key[0]].add(key)
+        self._marks[key] = marks
+
+    def _key(self, tensor: Tensor) -> _Key:
+        """A tensor by its memory, and where in it. A weak reference keeps the name from reuse."""
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # functorch's wrappers have none
+            return (-id(tensor), 0, tuple(tensor.shape), ())
+        name = storage._cdata
+        if name not in self._storages:
+            self._storages[name] = StorageWeakRef(storage)
+        return (name, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
     def _follow_collective(
         self,
@@ -223,7 +269,7 @@ class LayoutTrace(TorchDispatchMode):
         return None
 
     def _lookup(self, tensor: Tensor) -> tuple[Mark, ...]:
-        known = self._marks.get(_key(_local(tensor)))
+        known = self._marks.get(self._key(_local(tensor)))
         if known is not None:
             return known
         # A lone number from outside (an epsilon, a scale) is a constant of the program.
@@ -238,8 +284,8 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _key(tensor: Tensor) -> _Key:
-    try:
-        return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-    except RuntimeError:  # a tensor without storage (functorch, meta): known by its object
-        return (id(tensor), tuple(tensor.shape), ())
+def is_composite(func: Any) -> bool:
+    """Whether an operation is made of others that have rules, and has none itself."""
+    return not has_rule(func) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )

@@ -6,7 +6,7 @@ same parameter values, and their modules carry the same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HARD_SITES", "Case", "Data", "Model", "Site"]
+__all__ = ["HARD_SITES", "Case", "Data", "Model", "Site", "only"]
 
 # Values that no weight tells of: whole on every rank but with a gradient that is not (rotary
 # tables, key-value heads fewer than the ranks sharing them), or lying between two sharded modules.
@@ -60,6 +60,11 @@ class Site:
         if side == "output":
             return (*[None] * (self.ndim - 1), self.width)
         return (*[None] * ((self.input_ndim or self.ndim) - 1), self.input_width)
+
+
+def only(sites: Iterable[Site], *names: str) -> tuple[Site, ...]:
+    """Those of the sites with these names, for rows that take too many ranks to visit them all."""
+    return tuple(site for site in sites if str(site) in names)
 
 
 @dataclass(frozen=True)

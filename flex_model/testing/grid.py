@@ -1,6 +1,6 @@
 """The parity grid: every kind of hook on every hook point, on one process and on N ranks, compared.
 
-A row is a :class:`~flex_model.testing.case.Case`. One process runs its whole model under raw torch
+A row is a `flex_model.testing.case.Case`. One process runs its whole model under raw torch
 hooks; N ranks run its sharded model under a FlexModel, once with an ``expected_shape`` and once
 without.
 """
@@ -44,7 +44,7 @@ def measure_site(case: Case, site: Site, timeout: float = 120.0) -> list[Measure
     """Every column at one hook point, with a hint and without: of each number, the worst rank's.
 
     Raises:
-        RankFailure: a rank raised what is no :class:`~flex_model.errors.FlexModelError`, or hung.
+        RankFailure: a rank raised what is no `flex_model.errors.FlexModelError`, or hung.
     """
     truth = run_ranks(on_one_process, 1, case, site, timeout=timeout)[0]
     worst: dict[tuple[object, ...], Measurement] = {}

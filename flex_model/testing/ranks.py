@@ -136,7 +136,7 @@ class RankPool:
         kwargs: Mapping[str, Any],
         timeout: float,
     ) -> list[T]:
-        """One body on ranks 0..N-1; see :func:`run_ranks`."""
+        """One body on ranks 0..N-1; see `run_ranks`."""
         work = pack((body, tuple(args), dict(kwargs)))
         try:
             outcomes = self._outcomes(work, self._take(world_size), timeout)

@@ -26,7 +26,8 @@ def grid_table(rows: Mapping[str, Sequence[Measurement]]) -> Table:
     )
     table.add_column("row", no_wrap=True)
     for heading in (*COLUMNS, *HARD_SITES):
-        table.add_column(heading, justify="right")
+        longest = max(map(len, heading.split()))
+        table.add_column(heading, justify="right", min_width=longest)
     for name, measured in rows.items():
         cells = [_cell([m for m in measured if m.column == column]) for column in COLUMNS]
         cells += [_cell([m for m in measured if m.hard == hard]) for hard in HARD_SITES]

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from flex_model.testing.case import Case, Model
 from frameworks import tiny_llama
-from frameworks.tiny_llama import KV_HEADS, SHARED, SITES, TinyLlama
+from frameworks.tiny_llama import FEW_SITES, KV_HEADS, SHARED, SITES, TinyLlama
 from frameworks.values import gather_grads
 
 
@@ -107,7 +107,8 @@ def _weight_grads(module: nn.Module, mesh: DeviceMesh) -> dict[str, Tensor]:
 
 
 def _case(name: str, dp: int = 1, **options: bool) -> Case:
-    return Case(name, 2, dp, tiny_llama.whole, partial(sharded, 2, dp, **options), SITES)
+    sites = SITES if dp == 1 else FEW_SITES
+    return Case(name, 2, dp, tiny_llama.whole, partial(sharded, 2, dp, **options), sites)
 
 
 CASES = (

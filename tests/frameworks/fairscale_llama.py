@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from flex_model.testing.case import Case, Model
 from frameworks import tiny_llama
-from frameworks.tiny_llama import CUTS, SHARED, SITES, Layers, TinyLlama
+from frameworks.tiny_llama import CUTS, FEW_SITES, SHARED, SITES, Layers, TinyLlama
 from frameworks.values import fill, gather_grads
 
 _LAYERS = Layers(
@@ -64,5 +64,5 @@ def _weight_grads(module: nn.Module) -> dict[str, Tensor]:
 
 CASES = (
     Case("fairscale", 2, 1, tiny_llama.whole, partial(sharded, 2), SITES),
-    Case("fairscale tp x dp", 2, 2, tiny_llama.whole, partial(sharded, 2), SITES),
+    Case("fairscale tp x dp", 2, 2, tiny_llama.whole, partial(sharded, 2), FEW_SITES),
 )

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from flex_model.testing.case import Case, Model, Site
+from flex_model.testing.case import Case, Model, Site, only
 from frameworks.megatron_cpu import model_parallel
 from frameworks.values import Cut, fill, gather_grads
 
@@ -155,14 +155,26 @@ def _sites(kv_heads: int, sequence_parallel: bool) -> tuple[Site, ...]:
     return (Site("embedding.word_embeddings", HIDDEN), *sites)
 
 
+# One of each kind, where four ranks share the machine.
+_FEW = (
+    "embedding.word_embeddings",
+    "rotary_pos_emb",
+    "decoder.layers.0",
+    "decoder.layers.0.self_attention.core_attention",
+    "decoder.layers.0.mlp.linear_fc1",
+    "decoder.layers.1.mlp.linear_fc2",
+)
+
+
 def _case(name: str, kv_heads: int = 2, dp: int = 1, sequence_parallel: bool = False) -> Case:
+    sites = _sites(kv_heads, sequence_parallel)
     return Case(
         name,
         2,
         dp,
         partial(build, 1, kv_heads),
         partial(build, 2, kv_heads, sequence_parallel),
-        _sites(kv_heads, sequence_parallel),
+        sites if dp == 1 else only(sites, *_FEW),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flex_model.testing.case import Model, Site
+from flex_model.testing.case import Model, Site, only
 from frameworks.values import Cut, fill, gather_grads
 
 HIDDEN = 24
@@ -51,6 +51,17 @@ SITES = (
     Site("layers.0.feed_forward.w3", INNER, HIDDEN),
     Site("layers.1.feed_forward.act", INNER, INNER, hard="between shards"),
     Site("output", VOCABULARY, HIDDEN),
+)
+
+# One of each kind, where four ranks share the machine.
+FEW_SITES = only(
+    SITES,
+    "tok_embeddings",
+    "rotary",
+    "layers.0",
+    "layers.1.attention.wk",
+    "layers.1.attention.wo",
+    "layers.1.feed_forward.act",
 )
 
 

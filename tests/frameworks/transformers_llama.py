@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
-from flex_model.testing.case import Case, Model, Site
+from flex_model.testing.case import Case, Model, Site, only
 from frameworks.values import fill, gather_grads
 
 HIDDEN = 24
@@ -135,9 +135,21 @@ def _sites(kv_heads: int) -> tuple[Site, ...]:
     )
 
 
+# One of each kind, where four ranks share the machine.
+_FEW = (
+    "model.embed_tokens",
+    "model.rotary_emb",
+    "model.layers.0.self_attn",
+    "model.layers.1.self_attn.o_proj",
+    "model.layers.0.mlp.up_proj",
+    "model.layers.1.mlp.act_fn",
+)
+
+
 def _case(name: str, kv_heads: int = 2, dp: int = 1) -> Case:
     build = partial(sharded, kv_heads, 2, dp)
-    return Case(name, 2, dp, partial(whole, kv_heads), build, _sites(kv_heads))
+    sites = _sites(kv_heads) if dp == 1 else only(_sites(kv_heads), *_FEW)
+    return Case(name, 2, dp, partial(whole, kv_heads), build, sites)
 
 
 CASES = (
