@@ -33,8 +33,8 @@ FLOORS = (
 FACE = "core"
 
 
-def _files() -> Iterator[Path]:
-    return (path for path in sorted(PACKAGE.rglob("*.py")) if "__pycache__" not in path.parts)
+def _files() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if "__pycache__" not in path.parts]
 
 
 def _room(path: Path) -> str:

@@ -174,6 +174,11 @@ class FlexModel(nn.Module):
             raise RegistrationError(
                 f"Trainable module {name!r} must be an nn.Module, got {type(module).__name__}."
             )
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise RegistrationError(
+                f"{name!r} cannot name a trainable module: it must be a non-empty string without "
+                "dots that is no attribute of nn.ModuleDict."
+            )
         if name in self.trainable_modules:
             raise RegistrationError(f"A trainable module named {name!r} is registered already.")
         broadcast_module(module, self._session.mesh)

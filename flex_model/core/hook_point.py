@@ -211,9 +211,12 @@ class HookPoint:
             session.records.store(self.record_key, whole)
         version = None if whole.is_inference() else whole._version
         edited = whole
+        # Checkpointing recomputes what autograd records, or (reentrant) a training module's calls.
+        remember = torch.is_grad_enabled() or self._module.training
         for order, edit in enumerate(edits):
             call = partial(edit, self._module, edited, session.save_ctx, session.modules)
-            edited = self._checked(self._streams.run(call, local, order), edited, edit)
+            result = self._streams.run(call, local, order, remember=remember)
+            edited = self._checked(result, edited, edit)
         untouched = edited is whole and version is not None and whole._version == version
         if untouched and (layout.told or not whole.requires_grad):
             return local
@@ -221,6 +224,12 @@ class HookPoint:
 
     def _checked(self, result: Any, due: Tensor, edit: EditingFunction) -> Tensor:
         """What an editing function returned, fit to take the activation's place."""
+        if isinstance(result, Tensor) and (result.shape, result.dtype, result.device) == (
+            due.shape,
+            due.dtype,
+            due.device,
+        ):
+            return result
 
         def refuse(got: str, way_out: str) -> EditError:
             name = getattr(edit, "__name__", repr(edit))

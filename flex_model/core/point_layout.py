@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.core.hook_function import HookFunction
 from flex_model.core.session import Session
+from flex_model.distributed.agreement import agree_on_length, agree_on_marks
 from flex_model.distributed.gradients import ranks_agree
 from flex_model.errors import HintError, LayoutError
 from flex_model.layouts.dtensor import placements_by_name, shard_sizes
 from flex_model.layouts.layout import ActivationLayout, is_sharded
-from flex_model.layouts.marks import FOREIGN, UNKNOWN, WHOLE, Cut, Mark, from_placement
+from flex_model.layouts.marks import (
+    UNKNOWN,
+    WHOLE,
+    Cut,
+    Mark,
+    OneOf,
+    from_placement,
+    to_placement,
+)
 from flex_model.layouts.names import named_parameters
 from flex_model.layouts.resolve import Known, parameter_placement, resolve, tell
 from flex_model.layouts.sources import Side, Site, Told
@@ -37,7 +47,7 @@ class _Traced:
 
     marks: dict[str, Mark]
     shape: tuple[int, ...]
-    batch: int
+    per_sample: int  # entries of the batch-cut dim, within one block, that one sample makes
 
 
 class PointLayout:
@@ -68,6 +78,7 @@ class PointLayout:
         self._found: dict[Any, ActivationLayout] = {}
         self._by_shape: dict[tuple[int, ...], ActivationLayout] = {}
         self._verified: set[str] = set()
+        self._left_to_trace: bool | None = None
 
     def take_hints(self, hook: HookFunction) -> None:
         """Adopt a hook function's hints.
@@ -88,15 +99,18 @@ class PointLayout:
         self._placements.update(hook.placements)
         self._gradients.update(hook.gradients)
         self._found.clear()
+        self._left_to_trace = None
 
     def needs_trace(self) -> bool:
         """Whether some mesh dim's placement is left for the trace to find."""
         if self._side is None or self._traced:
             return False
-        told = {*self._placements}
-        if self._told(ndim=3) is not None:
-            told.add("tp")
-        return bool(set(self._session.sizes) - told)
+        if self._left_to_trace is None:
+            told = {*self._placements}
+            if self._told(ndim=3) is not None:
+                told.add("tp")
+            self._left_to_trace = bool(set(self._session.sizes) - told)
+        return self._left_to_trace
 
     def of(self, tensor: Tensor, *, gradient: bool = False) -> ActivationLayout:
         """The layout of a tensor at this point; of the activation a gradient belongs to.
@@ -129,37 +143,35 @@ class PointLayout:
         }
 
     def _resolved(self, tensor: Tensor) -> ActivationLayout:
+        """Ask the sources, compare the ranks where none is certain, then let the hint settle."""
         known = self._known(tensor)
-        layout = resolve(known)
+        found = known.marks
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        measured: dict[str, Mark] = {}
+        layout = resolve(replace(known, expected_shape=None))
+        measured = {
+            dim.name: WHOLE if ranks_agree(local, self._session.mesh.group(dim.name)) else UNKNOWN
+            for dim in layout.dims
+            if not is_sharded(dim.value) and not self._is_certain(dim.name, known)
+        }
+        if measured:
+            self._verified |= {name for name, mark in measured.items() if mark is WHOLE}
+            known = replace(known, marks={**known.marks, **measured})
+            self._remember(tensor.ndim, known)
+            layout = resolve(known)
+        elif known.expected_shape is not None:
+            layout = resolve(known)
         for dim in layout.dims:
-            group = self._session.mesh.group(dim.name)
-            certain = dim.name in known.placements or (dim.name == "tp" and known.told is not None)
-            if certain or dim.name in self._verified or self._side is None:
-                continue
-            settled_by_hint = known.marks.get(dim.name) in (None, FOREIGN, UNKNOWN)
-            if dim.value is None or isinstance(dim.value, Replicate):
-                if not ranks_agree(local, group):
-                    raise self._undecided(dim.name, tensor, inferred=dim.value is not None)
-                measured[dim.name] = WHOLE
-                self._verified.add(dim.name)
-            elif settled_by_hint and ranks_agree(local, group):
-                raise HintError(
-                    f"{self._where}: expected_shape {self._expected_shape} would gather dim "
-                    f"{dim.value} over {dim.name}, but the local tensor {tuple(local.shape)} is "
-                    "the same on every rank there. Give its local size, or None."
-                )
-        if not measured:
-            return layout
-        self._remember_measured(tensor.ndim, known, measured)
-        return resolve(self._known(tensor))
+            if dim.value is None:
+                raise self._undecided(dim.name, tensor, found.get(dim.name))
+        return layout
 
-    def _remember_measured(self, ndim: int, known: Known, measured: dict[str, Mark]) -> None:
-        traced = self._traced.get(ndim)
-        marks = {**known.marks, **measured}
-        shape = traced.shape if traced is not None else tuple(known.local_shape)
-        self._traced[ndim] = _Traced(marks, shape, traced.batch if traced else self._batch())
+    def _is_certain(self, dim: str, known: Known) -> bool:
+        told = dim == "tp" and known.told is not None
+        return told or dim in known.placements or dim in self._verified or self._side is None
+
+    def _remember(self, ndim: int, known: Known) -> None:
+        seen = self._traced.get(ndim, _Traced({}, tuple(known.local_shape), 1))
+        self._traced[ndim] = replace(seen, marks=dict(known.marks))
 
     def _known(self, tensor: Tensor) -> Known:
         session = self._session
@@ -175,7 +187,7 @@ class PointLayout:
                 if sizes is not None:
                     uneven[name] = sizes
         marks = self._marks(tensor)
-        ragged = self._ragged(marks.get("dp"), tuple(local.shape))
+        ragged = self._ragged(marks.get("dp"), tensor.ndim)
         if ragged is not None:
             uneven["dp"] = ragged
         return Known(
@@ -205,9 +217,11 @@ class PointLayout:
         trace = self._session.trace
         seen = self._traced.get(tensor.ndim)
         if trace is not None and (seen is None or not self._verified):
-            found = trace.marks_of(tensor)
+            found = agree_on_marks(self._session.mesh, trace.marks_of(tensor), tensor.device)
             marks = {n: WHOLE if n in self._verified else m for n, m in found.items()}
-            self._traced[tensor.ndim] = _Traced(marks, tuple(tensor.shape), self._batch())
+            shape = tuple(tensor.shape)
+            per_sample = self._per_sample(marks.get("dp"), shape, tensor.device)
+            self._traced[tensor.ndim] = _Traced(marks, shape, per_sample)
             return marks
         return self._resized(seen, tensor) if seen is not None else {}
 
@@ -218,8 +232,8 @@ class PointLayout:
             if isinstance(mark, Cut) and mark.outer > 1 and tuple(tensor.shape) != seen.shape:
                 inner = seen.shape[mark.dim] // mark.outer
                 if name == "dp":
-                    inner = inner // seen.batch * self._batch()
-                marks[name] = Cut(mark.dim, tensor.shape[mark.dim] // inner)
+                    inner = seen.per_sample * self._batch()
+                marks[name] = Cut(mark.dim, tensor.shape[mark.dim] // max(1, inner))
         return marks
 
     def _batch(self) -> int:
@@ -227,24 +241,31 @@ class PointLayout:
         sizes = self._session.batch_sizes
         return sizes[self._session.mesh.coordinate("dp")] if sizes else 1
 
-    def _ragged(self, mark: Mark | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    def _per_sample(self, mark: Mark | None, shape: tuple[int, ...], device: torch.device) -> int:
+        """How long one sample makes the batch-cut dim; ranks of an empty batch ask the others."""
+        batches = self._session.batch_sizes
+        if not isinstance(mark, Cut) or not batches:
+            return 1
+        own = shape[mark.dim] // mark.outer // self._batch() if self._batch() else 0
+        return agree_on_length(self._session.mesh, own, device) if 0 in batches else own
+
+    def _ragged(self, mark: Mark | None, ndim: int) -> tuple[int, ...] | None:
         """Every rank's length of the batch-cut dim, where the ranks' batches differ."""
         batches = self._session.batch_sizes
-        if not isinstance(mark, Cut) or len(set(batches)) <= 1:
+        seen = self._traced.get(ndim)
+        if not isinstance(mark, Cut) or seen is None or len(set(batches)) <= 1:
             return None
-        per_sample = shape[mark.dim] // mark.outer // max(1, self._batch())
-        return tuple(per_sample * batch for batch in batches)
+        return tuple(seen.per_sample * batch for batch in batches)
 
-    def _undecided(self, dim: str, tensor: Tensor, *, inferred: bool) -> LayoutError:
-        why = (
-            "the program computes it alike on every rank, yet the values differ (code that depends "
-            "on the rank?)"
-            if inferred
-            else "no framework tells how it lies, and the ranks hold different values"
-        )
+    def _undecided(self, dim: str, tensor: Tensor, found: Mark | None) -> LayoutError:
+        open_cuts = ""
+        if isinstance(found, OneOf):
+            fits = ", ".join(str(to_placement(cut)) for cut in sorted(found.cuts, key=str))
+            open_cuts = f" From the local shapes it may be any of {fits}."
         return LayoutError(
-            f"{self._where}: over {dim} ({self._session.sizes[dim]} ranks), for the local tensor "
-            f"{tuple(tensor.shape)}: {why}. Give expected_shape with the whole sizes, or "
+            f"{self._where}: over {dim} ({self._session.sizes[dim]} ranks), nothing tells how the "
+            f"local tensor {tuple(tensor.shape)} lies, and the ranks hold different values."
+            f"{open_cuts} Give expected_shape with the whole sizes, or "
             f'HookFunction(..., placements={{"{dim}": Shard(d)}}).'
         )
 

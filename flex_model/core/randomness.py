@@ -63,27 +63,30 @@ class RandomStreams:
         self._calls = 0
         self._drawn: OrderedDict[tuple[Any, ...], list[_Call]] = OrderedDict()
 
-    def run(self, edit: Callable[[], Any], local: Tensor, order: int) -> Any:
+    def run(self, edit: Callable[[], Any], local: Tensor, order: int, *, remember: bool) -> Any:
         """Call an edit on its own stream.
 
         Args:
             edit: what to call.
             local: this rank's activation before the edit; tells a recompute which call it repeats.
             order: place of the editing function in the hook point's chain.
+            remember: whether a recompute may come, so that it matters which calls drew.
 
         Raises:
             RecomputeError: a recompute draws random numbers but repeats no call that did.
         """
-        key = self._recalled(local, order) if in_backward() else self._next(order)
+        recompute = in_backward()
+        key = self._recalled(local, order) if recompute else self._next(order)
         generators = _generators(local.device)
         before = [generator.get_state() for generator in generators]
         seed = (self._root + (key or 0)) & _SEED_BITS
         for generator in generators:
             generator.manual_seed(seed)
-        seeded = [generator.get_state() for generator in generators]
+        watch = remember or recompute
+        seeded = [generator.get_state() for generator in generators] if watch else []
         try:
             result = edit()
-            for generator, state in zip(generators, seeded, strict=True):
+            for generator, state in zip(generators, seeded, strict=False):
                 if not torch.equal(generator.get_state(), state):
                     self._note_drawn(local, order, key)
                     break

@@ -38,15 +38,11 @@ class Records:
         self.output_ptr = output_ptr
         self._keep = keep
         self._mesh = mesh
-
-    @property
-    def here(self) -> bool:
-        """Whether this rank holds records."""
-        return self._keep == "all" or self._keep == self._mesh.rank
+        self._here = keep == "all" or keep == mesh.rank
 
     def store(self, key: str, whole: Tensor) -> None:
         """Record a tensor that is whole on this rank already."""
-        if self.here:
+        if self._here:
             self._append(key, whole.detach().to("cpu", copy=True))
 
     def collect(self, key: str, local: Tensor, layout: ActivationLayout) -> None:

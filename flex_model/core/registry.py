@@ -175,9 +175,14 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownModuleErr
 
 def _restorer_of_backward_flag(module: nn.Module) -> Callable[[], None]:
     """torch marks a module that ever had a full backward hook and never takes the mark off."""
-    before = module._is_full_backward_hook
+
+    def hooked() -> bool:
+        return bool(module._backward_hooks or module._backward_pre_hooks)
+
+    before = None if hooked() else module._is_full_backward_hook
 
     def restore() -> None:
-        module._is_full_backward_hook = before
+        if not hooked():  # else the mark is still somebody's
+            module._is_full_backward_hook = before
 
     return restore

@@ -136,9 +136,9 @@ class Session:
         self._depth += 1
         if self._depth > 1 or in_backward():
             return
-        active = [p for p in self.points if any(self.is_active(h) for h in p.hooks)]
-        if not active:
+        if not self.points:
             return
+        active = [p for p in self.points if any(self.is_active(h) for h in p.hooks)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._agree(active, inputs)
         unknown = [point for point in active if point.needs_trace()]

@@ -7,18 +7,22 @@ every rank the others' batch sizes, so that ragged data-parallel batches are gat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from flex_model.distributed.collectives import exchanged
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.errors import RankDisagreementError
+from flex_model.layouts.marks import FOREIGN, TERM, UNKNOWN, WHOLE, Cut, Mark, OneOf, one_of
 
-__all__ = ["StepFacts", "agree"]
+__all__ = ["StepFacts", "agree", "agree_on_length", "agree_on_marks"]
 
 _MAX_DIMS = 8
+_MAX_CUTS = 8
+_STATES: tuple[Mark, ...] = (WHOLE, TERM, FOREIGN, UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,7 @@ def agree(mesh: ParallelMesh, facts: StepFacts, device: torch.device) -> tuple[i
     Raises:
         RankDisagreementError: alike on every rank, listing what each one has.
     """
-    own = torch.tensor(facts.encoded(), dtype=torch.int64, device=device)
-    gathered = own.new_empty(len(mesh.ranks) * own.numel())
-    dist.all_gather_single(gathered, own, group=mesh.everyone)
-    rows = gathered.view(len(mesh.ranks), -1).tolist()
+    rows = exchanged(facts.encoded(), device, mesh.everyone)
     all_facts = [StepFacts.decoded(row, facts.batch_dim) for row in rows]
     _check(mesh, all_facts)
     if mesh.size("dp") == 1 or not facts.input_shape:
@@ -69,6 +70,53 @@ def agree(mesh: ParallelMesh, facts: StepFacts, device: torch.device) -> tuple[i
     by_rank = dict(zip(_group_order(mesh), all_facts, strict=True))
     members = dist.get_process_group_ranks(mesh.group("dp"))
     return tuple(by_rank[rank].input_shape[facts.batch_dim] for rank in members)
+
+
+def agree_on_marks(
+    mesh: ParallelMesh, marks: Mapping[str, Mark], device: torch.device
+) -> dict[str, Mark]:
+    """What the ranks know together of how a tensor lies.
+
+    A rank with one sample, or none, sees less than the others; what each leaves open is compared
+    along the mesh dim in question, so that all go on with the same. Collective.
+    """
+    return {
+        name: _common(
+            [_decoded(row) for row in exchanged(_encoded(mark), device, mesh.group(name))]
+        )
+        for name, mark in marks.items()
+    }
+
+
+def agree_on_length(mesh: ParallelMesh, length: int, device: torch.device) -> int:
+    """The longest of the data-parallel ranks' lengths: those of an empty batch tell nothing."""
+    return max(row[0] for row in exchanged([length], device, mesh.group("dp")))
+
+
+def _common(marks: Sequence[Mark]) -> Mark:
+    """The cuts that no rank excludes; else what those say that know something."""
+    sets = [mark.cuts if isinstance(mark, OneOf) else {mark} for mark in marks]
+    cutting = [s for s in sets if all(isinstance(mark, Cut) for mark in s)]
+    plain = {mark for mark in marks if mark in (WHOLE, TERM)}
+    if cutting and not plain:
+        return one_of(frozenset.intersection(*map(frozenset, cutting)))
+    if not cutting and len(plain) == 1:
+        return plain.pop()
+    return FOREIGN if all(mark is FOREIGN for mark in marks) else UNKNOWN
+
+
+def _encoded(mark: Mark) -> list[int]:
+    cuts = mark.cuts if isinstance(mark, OneOf) else {mark} if isinstance(mark, Cut) else set()
+    numbers = [n for cut in sorted(cuts, key=str)[:_MAX_CUTS] for n in (cut.dim, cut.outer)]
+    state = _STATES.index(mark) if mark in _STATES else -1
+    return [state, len(numbers), *numbers, *[0] * (2 * _MAX_CUTS - len(numbers))]
+
+
+def _decoded(row: Sequence[int]) -> Mark:
+    if row[0] >= 0:
+        return _STATES[row[0]]
+    numbers = row[2 : 2 + row[1]]
+    return one_of(Cut(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _group_order(mesh: ParallelMesh) -> list[int]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["all_gather_along", "all_reduce_sum", "gather_along", "slice_along"]
+__all__ = ["all_gather_along", "all_reduce_sum", "exchanged", "gather_along", "slice_along"]
 
 # What every backend carries as it is; anything else travels as its bytes.
 _WIRE_DTYPES = frozenset(
@@ -84,6 +84,16 @@ def all_reduce_sum(term: Tensor, group: ProcessGroup) -> Tensor:
     total = term.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
+
+
+def exchanged(
+    own: Sequence[int], device: torch.device, group: ProcessGroup | None
+) -> list[tuple[int, ...]]:
+    """Every rank's few integers, in rank order: one small all-gather."""
+    row = torch.tensor(own, dtype=torch.int64, device=device)
+    rows = row.new_empty(dist.get_world_size(group) * len(own))
+    dist.all_gather_single(rows, row, group=group)
+    return [tuple(row) for row in rows.view(-1, len(own)).tolist()]
 
 
 def slice_along(

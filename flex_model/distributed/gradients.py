@@ -7,6 +7,7 @@ term. The two cases look very different in the data, so the first backward compa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from flex_model.distributed.collectives import exchanged
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.errors import GradientPlacementError
 from flex_model.layouts.layout import ActivationLayout, DimLayout
@@ -27,6 +29,7 @@ __all__ = ["GradientMemory", "ranks_agree"]
 _DIFFERENT = 1e-2
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ROUNDING_OF_SHORT_FLOATS = 5e-3
+_MAX_DIMS = 16
 
 
 @dataclass
@@ -130,7 +133,12 @@ def ranks_agree(value: Tensor, group: ProcessGroup) -> bool:
 
 
 def relative_deviation(value: Tensor, group: ProcessGroup) -> float | None:
-    """Largest difference from the ranks' mean, over the largest value; None if all is zero."""
+    """Largest difference from the ranks' mean, over the largest value; None if all is zero.
+
+    Infinite where the ranks' shapes differ: comparing those would end the process.
+    """
+    if len(set(exchanged(_shape_code(value), value.device, group))) > 1:
+        return math.inf
     wide = value.dtype in (torch.float64, torch.int64, torch.int32)
     exact = value.detach().to(torch.float64 if wide else torch.float32, copy=True).contiguous()
     total = exact.clone()
@@ -144,6 +152,10 @@ def relative_deviation(value: Tensor, group: ProcessGroup) -> float | None:
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     deviation, largest = extremes.tolist()
     return None if largest == 0.0 else deviation / largest
+
+
+def _shape_code(value: Tensor) -> list[int]:
+    return [value.ndim, *value.shape, *[0] * (_MAX_DIMS - value.ndim)]
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -38,6 +38,7 @@ class ParallelMesh:
     ranks: tuple[int, ...] = (0,)
     everyone: ProcessGroup | None = None
     _groups: Mapping[str, ProcessGroup] = field(default_factory=dict)
+    _places: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
     def size(self, name: str) -> int:
         """Ranks along a mesh dim; 1 where the job has no such dim."""
@@ -53,10 +54,7 @@ class ParallelMesh:
 
     def coordinate_of(self, rank: int, name: str) -> int:
         """The place of any global rank along a mesh dim: its place in its own group there."""
-        if self.device_mesh is None or name not in self.names:
-            return 0
-        # Groups count their members in the order of global ranks, whatever the mesh's order.
-        return sorted(_row(self.device_mesh.mesh, self.names.index(name), rank)).index(rank)
+        return self._places[name][rank] if name in self._places else 0
 
     def rank_at(self, name: str, index: int) -> int:
         """Global rank of the ``index``-th member of this rank's group along ``name``."""
@@ -179,6 +177,11 @@ def _wrapped(
         ranks=ranks,
         everyone=everyone,
         _groups={name: mesh.get_group(name) for name in names},
+        # Groups count their members in the order of global ranks, whatever the mesh's order.
+        _places={
+            name: {rank: sorted(_row(mesh.mesh, axis, rank)).index(rank) for rank in ranks}
+            for axis, name in enumerate(names)
+        },
     )
 
 

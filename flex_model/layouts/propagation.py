@@ -82,6 +82,12 @@ def propagate(call: Call) -> Mark:
     return found[0] if len(found) == 1 else one_of(found)
 
 
+def _holds_copies(call: Call) -> bool:
+    """Whether a lone entry was repeated: as often on a shard as the shard needs, so it fits any."""
+    repeats = call.name in ("expand", "repeat")
+    return repeats and call.out.numel() > call.operands[0][0].numel()
+
+
 def has_rule(func: Any) -> bool:
     """Whether an operation is followed as it is."""
     return func.overloadpacket.__name__ in _RULES or torch.Tag.pointwise in func.tags
@@ -94,7 +100,7 @@ def _propagate_one(call: Call) -> Mark:
     if UNKNOWN in marks:
         return UNKNOWN
     if not any(isinstance(mark, Cut) or mark is TERM for mark in marks):
-        return FOREIGN if FOREIGN in marks else WHOLE
+        return FOREIGN if FOREIGN in marks or _holds_copies(call) else WHOLE
     if TERM in marks and call.name not in _LINEAR:
         return UNKNOWN
     rule = _RULES.get(call.name)

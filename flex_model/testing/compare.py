@@ -43,7 +43,7 @@ class Measurement:
     def __str__(self) -> str:
         where = f"{self.column} at {self.site}, {'with a hint' if self.hint else 'no hint'}"
         note = f" ({self.note})" if self.note else ""
-        return f"{where}: {self.quantity} off by {self.error:.1e}{note}"
+        return f"{where}: {self.quantity}, relative error {self.error:.1e}{note}"
 
 
 def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:

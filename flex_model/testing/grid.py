@@ -35,7 +35,8 @@ def measure_row(
         try:
             measured += measure_site(case, site, timeout)
         except RankFailure as failure:  # not one number came back, so none passes
-            measured += [_lost(column, site, failure) for column in COLUMNS]
+            notes = [str(failure), *["as the first"] * (len(COLUMNS) - 1)]
+            measured += [_lost(*item, site) for item in zip(COLUMNS, notes, strict=True)]
         on_site(site)
     return measured
 
@@ -62,7 +63,5 @@ def measure_bare(case: Case, timeout: float = 60.0) -> dict[str, float]:
     return {quantity: max(errors[quantity] for errors in by_rank) for quantity in by_rank[0]}
 
 
-def _lost(column: str, site: Site, failure: RankFailure) -> Measurement:
-    first = next(iter(failure.failures.values()))
-    note = f"{first.kind}: {first.message}"
+def _lost(column: str, note: str, site: Site) -> Measurement:
     return Measurement(column, str(site), False, "rank failure", math.inf, 0.0, site.hard, note)

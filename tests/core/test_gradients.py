@@ -486,3 +486,25 @@ def _data_way() -> Ways:
 def test_a_layer_called_twice(make: Callable[[], Ways]) -> None:
     """Catches state kept per module where it belongs to the call."""
     run_ranks(_called_twice, 2, make)
+
+
+def _gradient_penalty() -> None:
+    way = ways()[1]
+    model, x = whole(), batch()
+    model[0].up.register_forward_hook(lambda module, args, out: _mixing(module, out, None, None))
+    (grad,) = torch.autograd.grad(one_process_loss(model(x), way), x, create_graph=True)
+    # A rank's own gradient is twice its slice; the mean over two ranks of their squares is this.
+    (2 * grad.pow(2).sum()).backward()
+    with way.flex(way.model(), {}) as flex:
+        flex.register_forward_hook(HookFunction("0.up", editing_function=_mixing))
+        y = way.leaf()
+        (own,) = torch.autograd.grad(way.loss(flex(y)), y, create_graph=True)
+        close(own, way.input_gradient(grad.detach()), "first derivative")
+        own.pow(2).sum().backward()
+        for name, found in way.gradients(flex.module).items():
+            close(found, plain_gradients(model)[name], f"second derivative, {name}")
+
+
+def test_a_penalty_on_the_gradient() -> None:
+    """Catches a double backward that leaves out what other ranks' samples add through the edit."""
+    run_ranks(_gradient_penalty, 2)

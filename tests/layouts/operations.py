@@ -32,7 +32,8 @@ class Operation:
 
     def __str__(self) -> str:
         cuts = ", ".join(_spelled(mark) for _, mark in self.operands)
-        return f"{self.name} [{cuts}]"
+        on = "" if len(self.ranks) > 1 else f" on {self.ranks[0]}"
+        return f"{self.name} [{cuts}]{on}"
 
 
 def _spelled(mark: Mark) -> str:

@@ -89,7 +89,7 @@ def test_a_hint_settles_what_nothing_told(
         (UNTOLD, (1, 7, 8), "1 on dim 0"),
         (UNTOLD, (2, 7, 0), "0 on dim 2"),
         (UNTOLD, (2, 7, -1), "-1 on dim 2"),
-        (UNTOLD, (4, 7, 16), ""),  # one mesh dim cannot cut two tensor dims
+        (UNTOLD, (4, 7, 16), "dim 2"),  # one mesh dim cannot cut two tensor dims
         (BATCH, (1, 7, 16), "sharded and 4 in the whole"),
         (BATCH, (8, 7, 16), "sharded and 4 in the whole"),
         (BATCH, (4, 14, 16), "same there"),
