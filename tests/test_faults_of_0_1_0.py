@@ -1,5 +1,6 @@
 """What went wrong in flex-model 0.1.0: a test for each fault of its hooks and its wrapper, by the
-number it was found under. (The tenth, pipeline transfer, is no matter of hooks.)
+number it was found under. Two are no matter of hooks on one replica: the fourth, a rank that raises
+and leaves the others waiting, and the tenth, pipeline transfer.
 """
 
 import copy

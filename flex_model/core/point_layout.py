@@ -151,7 +151,10 @@ class PointLayout:
         measured = {
             dim.name: WHOLE if ranks_agree(local, self._session.mesh.group(dim.name)) else UNKNOWN
             for dim in layout.dims
-            if not is_sharded(dim.value) and not self._is_certain(dim.name, known)
+            if (dim.value is None or isinstance(dim.value, Replicate))
+            and not self._is_certain(dim.name, known)
+            # What comes of a cut may be equal by chance: attention to one token is 1 everywhere.
+            and not (found.get(dim.name) is UNKNOWN or isinstance(found.get(dim.name), OneOf))
         }
         if measured:
             self._verified |= {name for name, mark in measured.items() if mark is WHOLE}

@@ -105,12 +105,14 @@ class Session:
 
     def attach(self) -> None:
         """Follow the root's forwards, however they are started (``generate`` too)."""
-        if self._handles or not self.mesh.names:
+        if not self.mesh.names:
             return
-        self._handles = [
-            self.root.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.root.register_forward_hook(self._end, always_call=True),
-        ]
+        if self._handles:  # hooks on the root itself belong before its end
+            self._handles.pop().remove()
+        else:
+            begin = self.root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+            self._handles = [begin]
+        self._handles.append(self.root.register_forward_hook(self._end, always_call=True))
 
     def detach(self) -> None:
         """Leave the root as it was."""
@@ -139,14 +141,16 @@ class Session:
         if not self.points:
             return
         active = [p for p in self.points if any(self.is_active(h) for h in p.hooks)]
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = list(tensors_in((args, kwargs)))
         self._agree(active, inputs)
         unknown = [point for point in active if point.needs_trace()]
         for point in unknown:
             if point.before_trace is not None:
                 point.before_trace()
         if unknown:
-            self._watch(inputs, list(tensors_in((args, kwargs))))
+            self.attach()  # behind the observers that were just moved
+            plain = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._watch(inputs, {id(tensor) for tensor in plain})
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -157,7 +161,7 @@ class Session:
         facts = StepFacts(
             hooks=self._digest(active),
             gather_backwards=sum(point.gather_backwards for point in self.points),
-            input_shape=tuple(inputs[0].shape) if inputs else (),
+            input_shape=tuple(_batched(inputs).shape) if inputs else (),
             batch_dim=self.batch_dim,
         )
         device = inputs[0].device if inputs else torch.device("cpu")
@@ -169,17 +173,19 @@ class Session:
         ]
         return zlib.crc32("\n".join(labels).encode())
 
-    def _watch(self, inputs: list[Tensor], with_caches: list[Tensor]) -> None:
+    def _watch(self, inputs: list[Tensor], plain: set[int]) -> None:
         """Enter a trace whose starting marks are the model's parameters and inputs."""
         groups = {name: self.mesh.group(name) for name in self.mesh.names}
-        trace = LayoutTrace(groups, self.dtensor_marks)
+        first = _batched(inputs) if inputs else None
+        batch = first.shape[self.batch_dim] if first is not None and first.ndim else 0
+        trace = LayoutTrace(groups, self.dtensor_marks, batch=batch)
         names = {id(p): n for n, p in named_parameters(self.root)}
         trace.mark_parameters(
             self.root, lambda tensor: self._parameter_marks(names.get(id(tensor)), tensor)
         )
-        plain = {id(tensor) for tensor in inputs}
-        for tensor in with_caches:
-            trace.mark(tensor, self._input_marks(tensor, inputs[0], id(tensor) in plain))
+        for tensor in inputs:
+            is_plain = id(tensor) in plain or tensor is first
+            trace.mark(tensor, self._input_marks(tensor, tensor is first, batch, is_plain))
         self.trace = trace
         self._watch_layers(trace)
         trace.start()
@@ -188,14 +194,14 @@ class Session:
         placement = parameter_placement(self.root, name, tensor) if name else None
         return {"tp": from_placement(placement, tensor.ndim)} if placement else {}
 
-    def _input_marks(self, tensor: Tensor, first: Tensor, plain: bool) -> dict[str, Mark]:
+    def _input_marks(self, tensor: Tensor, first: bool, batch: int, plain: bool) -> dict[str, Mark]:
         """Batch over dp; whole over tp, but for what an earlier forward left (a cache)."""
         at = self.batch_dim
-        batch = first.shape[at] if first.ndim > at else -1
         marks: dict[str, Mark] = {"tp": WHOLE if plain else FOREIGN}
         fits = tensor.ndim > at and tensor.shape[at] == batch
         # A lone dim as long as the batch may as well be positions: it fits whatever it meets.
-        marks["dp"] = WHOLE if not fits else FOREIGN if tensor.ndim == 1 else Cut(at)
+        positions = tensor.ndim == 1 and not first
+        marks["dp"] = WHOLE if not fits else FOREIGN if positions else Cut(at)
         return marks
 
     def _watch_layers(self, trace: LayoutTrace) -> None:
@@ -222,6 +228,11 @@ class Session:
         for handle in self._layer_handles:
             handle.remove()
         self._layer_handles = []
+
+
+def _batched(inputs: list[Tensor]) -> Tensor:
+    """The input that tells the batch: one of a lone dim may hold positions."""
+    return next((tensor for tensor in inputs if tensor.ndim > 1), inputs[0])
 
 
 def _ranks_of(mesh: ParallelMesh, name: str) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from flex_model.layouts.layout import (
     is_sharded,
     shard_dim,
 )
-from flex_model.layouts.marks import Cut, Mark, to_placement
+from flex_model.layouts.marks import Cut, Mark, OneOf, one_of, to_placement
 from flex_model.layouts.sources import Site, Source, Told
 
 __all__ = ["Known", "Loss", "groups_of", "parameter_placement", "resolve", "tell"]
@@ -152,10 +152,21 @@ def _among_nested(known: Known, name: str) -> Mark:
     the former lies in front, it multiplies the blocks that the latter sees.
     """
     mark, inner = known.marks[name], known.marks.get("tp")
+    if isinstance(mark, OneOf):
+        return _chosen_by_hint(mark, known, name)
     both = name == "dp" and isinstance(mark, Cut) and isinstance(inner, Cut)
     if both and mark.dim == inner.dim and inner.outer < mark.outer:  # type: ignore[union-attr]
         return Cut(mark.dim, mark.outer * known.sizes["tp"])  # type: ignore[union-attr]
     return mark
+
+
+def _chosen_by_hint(mark: OneOf, known: Known, name: str) -> Mark:
+    """Of the cuts that local shapes leave open, the one that gives the sizes expected."""
+    if known.expected_shape is None or len(known.expected_shape) != len(known.local_shape):
+        return mark
+    hint, local, ranks = known.expected_shape, known.local_shape, known.sizes[name]
+    fitting = [cut for cut in mark.cuts if hint[cut.dim] == local[cut.dim] * ranks]
+    return one_of(fitting) if fitting else mark
 
 
 def _normal(placement: Placement | None, shape: Sequence[int]) -> Placement | None:

@@ -39,6 +39,8 @@ _SCATTERS = frozenset({"_reduce_scatter_base", "reduce_scatter_tensor"})
 
 _Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 _CUTS = (Cut, OneOf)
+_VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias"})
+_PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm"})
 
 
 class LayoutTrace(TorchDispatchMode):
@@ -47,6 +49,7 @@ class LayoutTrace(TorchDispatchMode):
     Args:
         groups: process group by mesh dim, for the dims to watch.
         dtensor_marks: how a DTensor lies over those mesh dims.
+        batch: this rank's batch; what is repeated as often follows it over dp.
 
     Tensors are known by memory, offset, shape and strides, for autograd makes new Python objects
     of a view but not new memory.
@@ -56,12 +59,15 @@ class LayoutTrace(TorchDispatchMode):
         self,
         groups: Mapping[str, ProcessGroup],
         dtensor_marks: Callable[[DTensor], Mapping[str, Mark]],
+        batch: int = 0,
     ) -> None:
         super().__init__()
         self._names = tuple(groups)
         self._dim_names = {_ranks(group): name for name, group in groups.items()}
         self._sizes = {name: group.size() for name, group in groups.items()}
         self._dtensor_marks = dtensor_marks
+        self._batch = batch
+        self._folded: dict[_Key, _Key] = {}
         self._marks: dict[_Key, tuple[Mark, ...]] = {}
         self._keys_of: defaultdict[int, set[_Key]] = defaultdict(set)
         self._storages: dict[int, StorageWeakRef] = {}
@@ -173,9 +179,38 @@ class LayoutTrace(TorchDispatchMode):
                 # The further results of fused attention and norms have shapes of their own.
                 lost = position > 0 and local.ndim != _local(outs[0]).ndim
                 found[name] = UNKNOWN if lost and isinstance(mark, _CUTS) else mark
+            if operands:
+                self._settle(func, locals_[:2], local, found)
             if isinstance(out, DTensor):
                 found.update(self._dtensor_marks(out))
             self._record(local, found, written=func._schema.is_mutable)
+
+    def _settle(
+        self, func: Any, operands: Sequence[Tensor], out: Tensor, found: dict[str, Mark]
+    ) -> None:
+        """Decide what shapes leave open: a fold undone after a product, or a batch of copies."""
+        name = func.overloadpacket.__name__
+        if name in _VIEWS:
+            self._unfold(self._key(operands[0]), out, found)
+        elif name in _PRODUCTS:
+            left = self._key(operands[1] if name in ("addmm", "baddbmm") else operands[0])
+            if left in self._folded:
+                self._folded[self._key(out)] = self._folded[left]
+        elif name == "expand" and found.get("dp") in (WHOLE, FOREIGN) and self._batch > 1:
+            lone = _lone_dims(operands[0], out.ndim)
+            copied = [at for at in lone if out.shape[at] == self._batch]
+            found["dp"] = Cut(copied[0]) if copied else found["dp"]
+
+    def _unfold(self, source: _Key, out: Tensor, found: dict[str, Mark]) -> None:
+        """A linear layer is seen as view, matrix product, view: the last undoes the first."""
+        before = self._folded.get(source)
+        self._folded[self._key(out)] = source
+        if before is None or tuple(out.shape[:-1]) != before[2][:-1]:
+            return
+        for dim, mark in zip(self._names, self._marks[before], strict=True):
+            opened = found[dim]
+            if isinstance(opened, OneOf) and mark in opened.cuts:
+                found[dim] = mark
 
     def _record(self, local: Tensor, marks: Mapping[str, Mark], *, written: bool) -> None:
         """Note a result; what shares the memory of a tensor written to is no longer known."""
@@ -274,6 +309,12 @@ class LayoutTrace(TorchDispatchMode):
             return known
         # A lone number from outside (an epsilon, a scale) is a constant of the program.
         return (WHOLE if tensor.numel() == 1 else FOREIGN,) * len(self._names)
+
+
+def _lone_dims(tensor: Tensor, ndim: int) -> list[int]:
+    """The dims of length 1, or none at all, counted as the dims of a result of `ndim` dims."""
+    extra = ndim - tensor.ndim
+    return [at for at in range(ndim) if at < extra or tensor.shape[at - extra] == 1]
 
 
 def _ranks(group: ProcessGroup) -> tuple[int, ...]:

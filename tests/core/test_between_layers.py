@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from flex_model import DummyModule, FlexModel, HookFunction
+from flex_model.errors import LayoutError
 from flex_model.testing.ranks import run_ranks
 
 HEAD_DIM, WIDTH = 3, 10
@@ -92,15 +93,38 @@ def _same_as_one_process(
             )[1]
         )
         due = truth(x).detach()
-        records: Records = {}
-        with FlexModel(_sharded(heads, how), records, 2, keep="all") as flex, mode():
-            flex.register_forward_hook(HookFunction(f"0.{site}", editing_function=_mixing))
-            for _ in range(2):
-                out = flex(x)
         what = f"{site}, {heads} heads, {how}, input {shape}"
+        refusal = ""
+        try:
+            records, out = _hooked(heads, how, site, x, mode, hint=None)
+        except LayoutError as error:
+            refusal = str(error)
+        if refusal:
+            # A lone dim may leave several readings: they are named, and the hint settles it. What
+            # was computed of them is refused and no more.
+            assert 1 in (heads // dist.get_world_size(), *shape), what
+            if "any of" not in refusal:
+                continue
+            records, out = _hooked(heads, how, site, x, mode, hint=seen[0].shape)
         for record in records[f"0.{site}"]:
             close(record, seen[0], f"record of {what}")
-        close(out.detach(), due, f"output of {what}")
+        close(out, due, f"output of {what}")
+
+
+def _hooked(
+    heads: int,
+    how: str,
+    site: str,
+    x: Tensor,
+    mode: Callable[[], Any],
+    hint: tuple[int, ...] | None,
+) -> tuple[Records, Tensor]:
+    records: Records = {}
+    with FlexModel(_sharded(heads, how), records, 2, keep="all") as flex, mode():
+        flex.register_forward_hook(HookFunction(f"0.{site}", hint, editing_function=_mixing))
+        for _ in range(2):
+            out = flex(x)
+    return records, out.detach()
 
 
 @pytest.mark.parametrize("how", ["matmul", "einsum", "merged"])

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from flex_model import FlexModel, HookFunction
 from flex_model.errors import LayoutError
-from flex_model.testing.ranks import run_ranks
+from flex_model.testing.ranks import RankFailure, run_ranks
 
 WIDTH, TOKENS = 6, 5
 
@@ -186,8 +186,23 @@ def _same_as_one_process(name: str, sizes: tuple[int, int], mode: Any) -> None:
             close(out, due_part, f"output of {what}")
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("sizes", [(2, 2), (1, 1), (3, 1)], ids=str)
+FOUND = [
+    (name, sizes)
+    for name in MODELS
+    for sizes in ((2, 2), (1, 1), (3, 1))
+    if (name, sizes) != ("sequence first", (1, 1))
+]
+
+
+def test_a_lone_sample_between_two_dims_is_refused_by_name() -> None:
+    """Catches a guess: `[sequence, 1, width]` folded and viewed again has the batch in one of three
+    places on every rank alike.
+    """
+    with pytest.raises(RankFailure, match="it may be any of"):
+        run_ranks(_same_as_one_process, 2, "sequence first", (1, 1), nullcontext, timeout=20)
+
+
+@pytest.mark.parametrize(("name", "sizes"), FOUND, ids=str)
 def test_the_batch_is_found_without_a_hint(name: str, sizes: tuple[int, int]) -> None:
     """Catches samples joined along another dim: a batch of one to a rank leaves open which dim it
     is, and a value that does not grow with the batch must not be doubled.
