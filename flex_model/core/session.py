@@ -177,7 +177,8 @@ class Session:
         """Enter a trace whose starting marks are the model's parameters and inputs."""
         groups = {name: self.mesh.group(name) for name in self.mesh.names}
         first = _batched(inputs) if inputs else None
-        batch = first.shape[self.batch_dim] if first is not None and first.ndim else 0
+        has_batch = first is not None and first.ndim > self.batch_dim
+        batch = first.shape[self.batch_dim] if first is not None and has_batch else 0
         trace = LayoutTrace(groups, self.dtensor_marks, batch=batch)
         names = {id(p): n for n, p in named_parameters(self.root)}
         trace.mark_parameters(

@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from flex_model.layouts.names import module_at
 from flex_model.layouts.parallel_linear import WHOLE, sharded, tell_column, tell_row
-from flex_model.layouts.sources import Site, Told, loaded
+from flex_model.layouts.sources import Site, Told, loaded, spread
 
 __all__ = ["groups", "parameter", "tell"]
 
@@ -36,7 +36,7 @@ def groups(root: nn.Module) -> Mapping[str, ProcessGroup]:
         "dp": state.get_data_parallel_group(),
         "pp": state.get_pipeline_model_parallel_group(),
     }
-    return {name: group for name, group in found.items() if group.size() > 1}
+    return spread(found)
 
 
 def tell(site: Site) -> Told | None:

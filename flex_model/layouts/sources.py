@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["Side", "Site", "Source", "Told", "loaded"]
+__all__ = ["Side", "Site", "Source", "Told", "loaded", "spread"]
 
 Side = Literal["input", "output"]
 
@@ -62,6 +62,11 @@ class Source(Protocol):
 
     def parameter(self, root: nn.Module, name: str, tensor: Tensor) -> Placement | None:
         """How a parameter lies over the tensor-parallel ranks, where the framework says so."""
+
+
+def spread(groups: Mapping[str, ProcessGroup | None]) -> dict[str, ProcessGroup]:
+    """The groups that there are several ranks in."""
+    return {name: group for name, group in groups.items() if group is not None and group.size() > 1}
 
 
 def loaded(name: str) -> ModuleType | None:
