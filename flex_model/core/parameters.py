@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.distributed.routing import assemble
 from flex_model.layouts.hints import Hint, apply_expected_shape
-from flex_model.layouts.layout import ActivationLayout, DimLayout
+from flex_model.layouts.layout import ActivationLayout, DimLayout, replicated
 from flex_model.layouts.resolve import parameter_placement
 
 __all__ = ["whole_parameter"]
@@ -38,9 +38,6 @@ def whole_parameter(
 def _unknown_is_whole(layout: ActivationLayout) -> ActivationLayout:
     return ActivationLayout(
         tuple(
-            dim
-            if dim.value is not None
-            else DimLayout(dim.name, dim.size, Replicate(), Replicate())
-            for dim in layout.dims
+            dim if dim.value is not None else replicated(dim.name, dim.size) for dim in layout.dims
         )
     )

@@ -125,11 +125,11 @@ class PointLayout:
         if gradient and not isinstance(tensor, DTensor) and shape in self._by_shape:
             return self._by_shape[shape]  # of the forward it belongs to, whatever came since
         own = tensor.placements if isinstance(tensor, DTensor) else None
-        key = (shape, own, self._session.batch_sizes, self._traced.get(tensor.ndim))
-        found = self._found.get(_hashable(key))
+        key = (shape, own, self._session.batch_sizes)
+        found = self._found.get(key)
         if found is None:
             found = self._resolved(tensor)
-            self._found[_hashable(key)] = found
+            self._found[key] = found
         if not gradient:
             self._by_shape[shape] = found
         return found
@@ -174,7 +174,12 @@ class PointLayout:
 
     def _remember(self, ndim: int, known: Known) -> None:
         seen = self._traced.get(ndim, _Traced({}, tuple(known.local_shape), 1))
-        self._traced[ndim] = replace(seen, marks=dict(known.marks))
+        self._note(ndim, replace(seen, marks=dict(known.marks)))
+
+    def _note(self, ndim: int, traced: _Traced) -> None:
+        """What was found by other marks no longer holds."""
+        self._traced[ndim] = traced
+        self._found.clear()
 
     def _known(self, tensor: Tensor) -> Known:
         session = self._session
@@ -224,7 +229,7 @@ class PointLayout:
             marks = {n: WHOLE if n in self._verified else m for n, m in found.items()}
             shape = tuple(tensor.shape)
             per_sample = self._per_sample(marks.get("dp"), shape, tensor.device)
-            self._traced[tensor.ndim] = _Traced(marks, shape, per_sample)
+            self._note(tensor.ndim, _Traced(marks, shape, per_sample))
             return marks
         return self._resized(seen, tensor) if seen is not None else {}
 
@@ -271,8 +276,3 @@ class PointLayout:
             f"{open_cuts} Give expected_shape with the whole sizes, or "
             f'HookFunction(..., placements={{"{dim}": Shard(d)}}).'
         )
-
-
-def _hashable(key: tuple[Any, ...]) -> Any:
-    *plain, traced = key
-    return (*plain, id(traced))

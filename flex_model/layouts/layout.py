@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-__all__ = ["ActivationLayout", "DimLayout", "block_count", "is_sharded", "shard_dim"]
+__all__ = ["ActivationLayout", "DimLayout", "block_count", "is_sharded", "replicated", "shard_dim"]
 
 
 def is_sharded(placement: Placement | None) -> bool:
