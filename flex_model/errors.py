@@ -16,6 +16,7 @@ __all__ = [
     "HintError",
     "LayoutError",
     "RankDisagreementError",
+    "RankFailedError",
     "RecomputeError",
     "RegistrationError",
     "UnknownModuleError",
@@ -64,3 +65,7 @@ class RankDisagreementError(FlexModelError, RuntimeError):
 
 class RecomputeError(FlexModelError, RuntimeError):
     """A random edit was recomputed (activation checkpointing) on another activation."""
+
+
+class RankFailedError(FlexModelError, RuntimeError):
+    """Another rank raised, was killed or left, so that this one would wait for it in vain."""

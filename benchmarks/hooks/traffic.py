@@ -8,15 +8,18 @@ what this library's ranks agree on before a forward travels as integers, and is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from flex_model.distributed.control import ControlGroup
 
 __all__ = ["Traffic", "counted"]
 
@@ -53,8 +56,20 @@ class Traffic:
 def counted() -> Iterator[Traffic]:
     """Count what is exchanged while inside."""
     traffic = Traffic()
-    with _Counting(traffic):
+    with _Counting(traffic), patch.object(ControlGroup, "exchange", _counting_exchange(traffic)):
         yield traffic
+
+
+def _counting_exchange(traffic: Traffic) -> Callable[..., Any]:
+    """The exchange before each forward runs on a group that torch's dispatcher does not see."""
+    original = ControlGroup.exchange
+
+    def exchange(group: ControlGroup, own: Sequence[int]) -> Any:
+        others = len(group.ranks) - 1
+        traffic.add("exchange", others * 8 * len(own), agreement=True)
+        return original(group, own)
+
+    return exchange
 
 
 class _Counting(TorchDispatchMode):

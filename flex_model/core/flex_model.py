@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 from torch.distributed.device_mesh import DeviceMesh
 
 from flex_model.core.groups import ALL, HookGroups, Members
@@ -28,6 +28,7 @@ from flex_model.distributed.mesh import (
     build_mesh,
     device_type_of,
     from_device_mesh,
+    watched,
 )
 from flex_model.errors import ConfigurationError, RegistrationError
 from flex_model.layouts.names import named_modules, named_parameters, plain_name
@@ -63,6 +64,9 @@ class FlexModel(nn.Module):
         data_parallel_loss: keyword only. "mean" if the ranks' losses are averaged, "sum" if added.
         seed: keyword only. Of random edits; the same on every rank.
         batch_dim: keyword only. Dim of the model's input tensors that data parallelism cuts.
+        patience: keyword only. Seconds that a rank may stand in a collective that is none of ours
+            while others wait for it in one that is, before it counts as stuck.
+        store: keyword only. Where ranks tell each other why they stop; None for the job's own.
 
     Raises:
         ConfigurationError: sizes, mesh or options do not fit the job.
@@ -91,6 +95,8 @@ class FlexModel(nn.Module):
         data_parallel_loss: Loss = "mean",
         seed: int = 0,
         batch_dim: int = 0,
+        patience: float = 60.0,
+        store: Store | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(module, output_ptr, data_parallel_loss)
@@ -99,8 +105,9 @@ class FlexModel(nn.Module):
             "dp": data_parallel_size,
             "tp": tensor_parallel_size,
         }
+        ranks = watched(_mesh_of(module, sizes, process_group, mesh), store, patience)
         self._install(
-            module, _mesh_of(module, sizes, process_group, mesh), output_ptr, keep,
+            module, ranks, output_ptr, keep,
             seed=seed, loss=data_parallel_loss, batch_dim=batch_dim,
         )  # fmt: skip
 
@@ -120,6 +127,7 @@ class FlexModel(nn.Module):
         self.trainable_modules = self._session.modules
         self._groups = HookGroups()
         self._registry = HookRegistry(module, self._session)
+        self._session.attach()
         # A FlexModel that is dropped without restore() must not leave its hooks behind.
         weakref.finalize(self, self._registry.clear)
 
@@ -311,7 +319,13 @@ class FlexModel(nn.Module):
     def _run(self, args: Any, kwargs: Any) -> Any:
         try:
             return self.module(*args, **kwargs)
-        except BaseException:
+        except Exception as error:
+            self._session.close()
+            told = self._session.failed("the model's forward", error)
+            if told is error:
+                raise
+            raise told from error
+        except BaseException:  # an interrupt
             self._session.close()
             raise
 
@@ -437,6 +451,7 @@ class FlexModel(nn.Module):
     def _register_again(
         self, hooks: dict[HookFunction, Kind], groups: dict[HookFunction, set[str]]
     ) -> None:
+        self._session.attach()
         for hook, kind in hooks.items():
             self._register(hook, kind)
             for group in groups[hook] - {ALL}:

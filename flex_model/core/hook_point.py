@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,22 @@ class PointKey:
     def label(self) -> str:
         """``layers.0.mlp forward output 0``: for messages, digests and random streams."""
         return f"{self.name} {self.kind} {self.index}"
+
+
+def _telling(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the other ranks know of what is raised, for they would wait for this one."""
+
+    @wraps(callback)
+    def told(point: HookPoint, *args: Any) -> Any:
+        try:
+            return callback(point, *args)
+        except Exception as error:
+            to_raise = point.failed(error)
+            if to_raise is error:
+                raise
+            raise to_raise from error
+
+    return told
 
 
 class HookPoint:
@@ -86,8 +102,13 @@ class HookPoint:
     def needs_trace(self) -> bool:
         return self._layouts.needs_trace()
 
+    def failed(self, error: Exception) -> Exception:
+        """What to raise for an exception at this point."""
+        return self._session.failed(self.label, error)
+
     # -- what torch calls ------------------------------------------------------------------
 
+    @_telling
     def on_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         active = self._active()
         if not active:
@@ -101,6 +122,7 @@ class HookPoint:
         result = self._visit(tensor, active)
         return None if result is tensor else repack(result)
 
+    @_telling
     def on_forward_pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         active = self._active()
         if not active:
@@ -112,6 +134,7 @@ class HookPoint:
         result = self._visit(tensor, active)
         return None if result is tensor else repack(result)
 
+    @_telling
     def on_gradients(
         self, module: nn.Module, grad_input: Any, grad_output: Any = None
     ) -> tuple[Tensor | None, ...] | None:
@@ -129,6 +152,7 @@ class HookPoint:
             return None
         return (*gradients[:at], result, *gradients[at + 1 :])
 
+    @_telling
     def on_parameter_gradient(self, gradient: Tensor) -> Tensor | None:
         active = self._active()
         if not active:
@@ -168,6 +192,7 @@ class HookPoint:
         self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool = False
     ) -> Tensor:
         """Capture and edit a tensor; a gradient (``transposed``) by its own placements."""
+        self._session.visit(self.label)
         trace = self._session.trace
         if trace is None:
             return self._processed(tensor, active, transposed)

@@ -149,7 +149,7 @@ class PointLayout:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         layout = resolve(replace(known, expected_shape=None))
         measured = {
-            dim.name: WHOLE if ranks_agree(local, self._session.mesh.group(dim.name)) else UNKNOWN
+            dim.name: WHOLE if ranks_agree(local, self._session.mesh.along(dim.name)) else UNKNOWN
             for dim in layout.dims
             if (dim.value is None or isinstance(dim.value, Replicate))
             and not self._is_certain(dim.name, known)

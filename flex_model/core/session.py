@@ -17,8 +17,9 @@ from flex_model.core.hook_function import HookFunction
 from flex_model.core.randomness import in_backward
 from flex_model.core.records import Records
 from flex_model.core.unpacking import tensors_in
-from flex_model.distributed.agreement import StepFacts, agree
+from flex_model.distributed.agreement import StepFacts, agree, word_for
 from flex_model.distributed.mesh import ParallelMesh
+from flex_model.distributed.watch import Watch
 from flex_model.layouts.dtensor import placements_by_name
 from flex_model.layouts.marks import FOREIGN, WHOLE, Cut, Mark, from_placement
 from flex_model.layouts.names import named_modules, named_parameters
@@ -87,6 +88,8 @@ class Session:
         self.batch_sizes: tuple[int, ...] = ()
         self.trace: LayoutTrace | None = None
         self._depth = 0
+        self._visits = 0
+        self._described: set[tuple[int, int]] = set()
         self._handles: list[Any] = []
         self._layer_handles: list[Any] = []
 
@@ -105,8 +108,9 @@ class Session:
 
     def attach(self) -> None:
         """Follow the root's forwards, however they are started (``generate`` too)."""
-        if not self.mesh.names:
+        if self.mesh.watch is None:
             return
+        self.mesh.watch.attached(True)
         if self._handles:  # hooks on the root itself belong before its end
             self._handles.pop().remove()
         else:
@@ -120,6 +124,8 @@ class Session:
             handle.remove()
         self._handles = []
         self.close()
+        if self.mesh.watch is not None:
+            self.mesh.watch.attached(False)
 
     def close(self) -> None:
         """End the forward that is under way, whatever interrupted it."""
@@ -138,8 +144,6 @@ class Session:
         self._depth += 1
         if self._depth > 1 or in_backward():
             return
-        if not self.points:
-            return
         active = [p for p in self.points if any(self.is_active(h) for h in p.hooks)]
         inputs = list(tensors_in((args, kwargs)))
         self._agree(active, inputs)
@@ -157,21 +161,45 @@ class Session:
         if self._depth == 0:
             self.close()
 
+    def visit(self, label: str) -> None:
+        """Note that a hook point is visited: the ranks compare the order they came by."""
+        self._visits = zlib.crc32(label.encode(), self._visits)
+        if self.mesh.watch is not None:
+            self.mesh.watch.where = label
+
+    def failed(self, where: str, error: Exception) -> Exception:
+        """What to raise for an exception, after the other ranks have been told of it."""
+        return error if self.mesh.watch is None else self.mesh.watch.failed(where, error)
+
     def _agree(self, active: list[Point], inputs: list[Tensor]) -> None:
+        watch, control = self.mesh.watch, self.mesh.control
+        if watch is None or control is None:
+            return
+        hooks = self._digest(watch, active)
+        step = watch.begin_step(word_for(hooks))
+        if not active:
+            return
+        watch.where = f"the start of forward {step}"
         facts = StepFacts(
-            hooks=self._digest(active),
+            step=step,
+            hooks=hooks,
+            visits=self._visits,
             gather_backwards=sum(point.gather_backwards for point in self.points),
             input_shape=tuple(_batched(inputs).shape) if inputs else (),
             batch_dim=self.batch_dim,
         )
-        device = inputs[0].device if inputs else torch.device("cpu")
-        self.batch_sizes = agree(self.mesh, facts, device)
+        self.batch_sizes = agree(control, self.mesh, facts)
 
-    def _digest(self, active: list[Point]) -> int:
+    def _digest(self, watch: Watch, active: list[Point]) -> tuple[int, int]:
+        """How many hooks are active and a digest of them, their names posted for the others."""
         labels = [
             f"{point.label}*{sum(self.is_active(h) for h in point.hooks)}" for point in active
         ]
-        return zlib.crc32("\n".join(labels).encode())
+        found = (len(labels), zlib.crc32("\n".join(labels).encode()))
+        if found not in self._described:
+            self._described.add(found)
+            watch.board.describe(word_for(found), labels)
+        return found
 
     def _watch(self, inputs: list[Tensor], plain: set[int]) -> None:
         """Enter a trace whose starting marks are the model's parameters and inputs."""

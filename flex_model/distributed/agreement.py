@@ -1,8 +1,9 @@
 """What the ranks must agree on before a forward: hooks, groups and inputs.
 
-One all-gather of a few integers per forward, and only while hooks are registered. It also tells
-every rank the others' batch sizes, so that ragged data-parallel batches are gathered rightly
-(gloo ends the process on an uneven all-gather that nobody announced).
+One all-gather of a few integers per forward with active hooks, on a CPU group of our own. It also
+tells every rank the others' batch sizes, so that ragged data-parallel batches are gathered rightly
+(gloo ends the process on an uneven all-gather that nobody announced). A rank that runs no hook
+stays away; the ranks that wait for it see on the board that it does.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from flex_model.distributed.collectives import exchanged
+from flex_model.distributed.control import ControlGroup
+from flex_model.distributed.look import difference
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.errors import RankDisagreementError
 from flex_model.layouts.marks import FOREIGN, TERM, UNKNOWN, WHOLE, Cut, Mark, OneOf, one_of
 
-__all__ = ["StepFacts", "agree", "agree_on_length", "agree_on_marks"]
+__all__ = ["StepFacts", "agree", "agree_on_length", "agree_on_marks", "word_for"]
 
 _MAX_DIMS = 8
 _MAX_CUTS = 8
@@ -27,16 +29,20 @@ _STATES: tuple[Mark, ...] = (WHOLE, TERM, FOREIGN, UNKNOWN)
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What one rank is about to do.
+    """What one rank is about to do, and has done.
 
     Attributes:
-        hooks: digest of the active hooks, in order.
+        step: number of the forward.
+        hooks: how many hooks are active, and a digest of them in order.
+        visits: a digest of the hook points visited so far, in order.
         gather_backwards: gathers that ran backward so far (a loss on a gathered tensor).
         input_shape: sizes of the first input tensor; empty if there is none.
         batch_dim: which of its dims is the batch.
     """
 
-    hooks: int
+    step: int
+    hooks: tuple[int, int]
+    visits: int
     gather_backwards: int
     input_shape: tuple[int, ...]
     batch_dim: int
@@ -44,11 +50,14 @@ class StepFacts:
     def encoded(self) -> list[int]:
         shape = self.input_shape[:_MAX_DIMS]
         padding = [0] * (_MAX_DIMS - len(shape))
-        return [self.hooks, self.gather_backwards, len(shape), *shape, *padding]
+        numbers = (self.step, *self.hooks, self.visits, self.gather_backwards)
+        return [*numbers, len(shape), *shape, *padding]
 
     @classmethod
     def decoded(cls, row: Sequence[int], batch_dim: int) -> StepFacts:
-        return cls(row[0], row[1], tuple(row[3 : 3 + row[2]]), batch_dim)
+        step, count, digest, visits, gather_backwards, dims, *shape = row
+        hooks = (count, digest)
+        return cls(step, hooks, visits, gather_backwards, tuple(shape[:dims]), batch_dim)
 
     @property
     def shape_but_batch(self) -> tuple[int, ...]:
@@ -56,20 +65,26 @@ class StepFacts:
         return self.input_shape[:at] + self.input_shape[at + 1 :]
 
 
-def agree(mesh: ParallelMesh, facts: StepFacts, device: torch.device) -> tuple[int, ...]:
+def word_for(hooks: tuple[int, int]) -> str:
+    """What a forward runs, in the word that stands for it on the board."""
+    return f"{hooks[0]} hooks ({hooks[1]:08x})"
+
+
+def agree(control: ControlGroup, mesh: ParallelMesh, facts: StepFacts) -> tuple[int, ...]:
     """Compare the ranks' facts; return the batch size of every rank along dp.
 
     Raises:
         RankDisagreementError: alike on every rank, listing what each one has.
     """
-    rows = exchanged(facts.encoded(), device, mesh.everyone)
-    all_facts = [StepFacts.decoded(row, facts.batch_dim) for row in rows]
+    all_facts = {
+        rank: StepFacts.decoded(row, facts.batch_dim)
+        for rank, row in control.exchange(facts.encoded()).items()
+    }
     _check(mesh, all_facts)
     if mesh.size("dp") == 1 or not facts.input_shape:
         return ()
-    by_rank = dict(zip(_group_order(mesh), all_facts, strict=True))
-    members = dist.get_process_group_ranks(mesh.group("dp"))
-    return tuple(by_rank[rank].input_shape[facts.batch_dim] for rank in members)
+    members = mesh.along("dp").ranks
+    return tuple(all_facts[rank].input_shape[facts.batch_dim] for rank in members)
 
 
 def agree_on_marks(
@@ -82,7 +97,7 @@ def agree_on_marks(
     """
     return {
         name: _common(
-            [_decoded(row) for row in exchanged(_encoded(mark), device, mesh.group(name))]
+            [_decoded(row) for row in exchanged(_encoded(mark), device, mesh.along(name))]
         )
         for name, mark in marks.items()
     }
@@ -90,7 +105,7 @@ def agree_on_marks(
 
 def agree_on_length(mesh: ParallelMesh, length: int, device: torch.device) -> int:
     """The longest of the data-parallel ranks' lengths: those of an empty batch tell nothing."""
-    return max(row[0] for row in exchanged([length], device, mesh.group("dp")))
+    return max(row[0] for row in exchanged([length], device, mesh.along("dp")))
 
 
 def _common(marks: Sequence[Mark]) -> Mark:
@@ -119,37 +134,42 @@ def _decoded(row: Sequence[int]) -> Mark:
     return one_of(Cut(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def _group_order(mesh: ParallelMesh) -> list[int]:
-    return dist.get_process_group_ranks(mesh.everyone or dist.group.WORLD)
-
-
-def _check(mesh: ParallelMesh, all_facts: Sequence[StepFacts]) -> None:
-    ranks = _group_order(mesh)
-
-    def refuse(what: str, values: Sequence[object], way_out: str) -> None:
-        if len(set(values)) > 1:
-            listed = ", ".join(f"rank {r}: {v}" for r, v in zip(ranks, values, strict=True))
+def _check(mesh: ParallelMesh, all_facts: Mapping[int, StepFacts]) -> None:
+    def refuse(what: str, values: Mapping[int, object], way_out: str) -> None:
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
             raise RankDisagreementError(f"Ranks disagree on {what}: {listed}. {way_out}")
 
+    hooks = {rank: word_for(facts.hooks) for rank, facts in all_facts.items()}
+    if len(set(hooks.values())) > 1 and mesh.watch is not None:
+        raise RankDisagreementError(
+            f"Ranks disagree on which hooks are active: {difference(mesh.watch.board, hooks)}. "
+            "Register the same hooks in the same order, with the same groups, on every rank."
+        )
     refuse(
-        "which hooks are active",
-        [f"{f.hooks:08x}" for f in all_facts],
-        "Register the same hooks in the same order, with the same groups, on every rank.",
+        "the number of forwards so far",
+        {rank: facts.step for rank, facts in all_facts.items()},
+        "Every rank calls the FlexModel alike; for a forward of one rank alone call its module.",
+    )
+    refuse(
+        "which hooked modules were called so far, and in which order",
+        {rank: f"{facts.visits:08x}" for rank, facts in all_facts.items()},
+        "Control flow that differs between ranks must not pass a hooked module.",
     )
     refuse(
         "how often a gathered activation got a gradient of its own",
-        [f.gather_backwards for f in all_facts],
+        {rank: facts.gather_backwards for rank, facts in all_facts.items()},
         "A loss term built on a whole activation must be computed on every rank.",
     )
     refuse(
         "the input's shape besides the batch",
-        [f.shape_but_batch for f in all_facts],
+        {rank: facts.shape_but_batch for rank, facts in all_facts.items()},
         "Pad the ranks' batches to one length.",
     )
-    for coordinate in {mesh.coordinate_of(rank, "dp") for rank in ranks}:
+    for coordinate in {mesh.coordinate_of(rank, "dp") for rank in all_facts}:
         replica = [
-            f.input_shape
-            for rank, f in zip(ranks, all_facts, strict=True)
+            facts.input_shape
+            for rank, facts in all_facts.items()
             if mesh.coordinate_of(rank, "dp") == coordinate
         ]
         if len(set(replica)) > 1:

@@ -11,9 +11,17 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-__all__ = ["all_gather_along", "all_reduce_sum", "exchanged", "gather_along", "slice_along"]
+from flex_model.distributed.communicator import Communicator
+
+__all__ = [
+    "all_gather_along",
+    "all_reduce_sum",
+    "exchanged",
+    "gather_along",
+    "reduced",
+    "slice_along",
+]
 
 # What every backend carries as it is; anything else travels as its bytes.
 _WIRE_DTYPES = frozenset(
@@ -25,7 +33,7 @@ _WIRE_DTYPES = frozenset(
 def all_gather_along(
     shard: Tensor,
     dim: int,
-    group: ProcessGroup,
+    group: Communicator,
     *,
     blocks: int = 1,
     shard_sizes: Sequence[int] | None = None,
@@ -43,11 +51,12 @@ def all_gather_along(
     Returns:
         ``[..., blocks * sum(own), ...]``, freshly allocated.
     """
-    size = dist.get_world_size(group)
+    size = group.size
 
     def exchange(part: Tensor) -> Sequence[Tensor]:
         gathered = part.new_empty((size * part.shape[0], *part.shape[1:]))
-        dist.all_gather_single(gathered, part, group=group)
+        work = dist.all_gather_single(gathered, part, group=group.group, async_op=True)
+        group.finish(work, part.device)
         if dim == 0 and blocks == 1 and shard_sizes is None:
             return (gathered,)  # rank order along dim 0 is already the whole tensor
         return gathered.view(size, *part.shape).unbind(0)
@@ -58,7 +67,7 @@ def all_gather_along(
 def gather_along(
     shard: Tensor,
     dim: int,
-    group: ProcessGroup,
+    group: Communicator,
     destination: int,
     *,
     blocks: int = 1,
@@ -68,9 +77,9 @@ def gather_along(
     here = dist.get_rank() == destination
 
     def exchange(part: Tensor) -> Sequence[Tensor]:
-        size = dist.get_world_size(group)
-        parts = [torch.empty_like(part) for _ in range(size)] if here else None
-        dist.gather(part, parts, dst=destination, group=group)
+        parts = [torch.empty_like(part) for _ in range(group.size)] if here else None
+        work = dist.gather(part, parts, dst=destination, group=group.group, async_op=True)
+        group.finish(work, part.device)
         return parts or ()
 
     if here:
@@ -79,20 +88,26 @@ def gather_along(
     return None
 
 
-def all_reduce_sum(term: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce_sum(term: Tensor, group: Communicator) -> Tensor:
     """The sum over the group, freshly allocated, on every rank."""
+    return reduced(term, group, dist.ReduceOp.SUM)
+
+
+def reduced(term: Tensor, group: Communicator, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    """One all-reduce into a fresh tensor."""
     total = term.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    work = dist.all_reduce(total, op=operation, group=group.group, async_op=True)
+    group.finish(work, total.device)
     return total
 
 
 def exchanged(
-    own: Sequence[int], device: torch.device, group: ProcessGroup | None
+    own: Sequence[int], device: torch.device, group: Communicator
 ) -> list[tuple[int, ...]]:
     """Every rank's few integers, in rank order: one small all-gather."""
     row = torch.tensor(own, dtype=torch.int64, device=device)
-    rows = row.new_empty(dist.get_world_size(group) * len(own))
-    dist.all_gather_single(rows, row, group=group)
+    rows = row.new_empty(group.size * len(own))
+    group.finish(dist.all_gather_single(rows, row, group=group.group, async_op=True), device)
     return [tuple(row) for row in rows.view(-1, len(own)).tolist()]
 
 

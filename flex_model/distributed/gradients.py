@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from flex_model.distributed.collectives import exchanged
+from flex_model.distributed.collectives import all_reduce_sum, exchanged, reduced
+from flex_model.distributed.communicator import Communicator
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.errors import GradientPlacementError
 from flex_model.layouts.layout import ActivationLayout, DimLayout
@@ -112,7 +112,7 @@ def _assumed_replicated(layout: ActivationLayout) -> ActivationLayout:
 
 def _measure(gradient: Tensor, dim: DimLayout, mesh: ParallelMesh, where: str) -> Placement | None:
     """Compare a gradient over one mesh dim; None where it is zero on every rank."""
-    relative = relative_deviation(gradient, mesh.group(dim.name))
+    relative = relative_deviation(gradient, mesh.along(dim.name))
     if relative is None:
         return None
     if relative <= _rounding(gradient.dtype):
@@ -126,13 +126,13 @@ def _measure(gradient: Tensor, dim: DimLayout, mesh: ParallelMesh, where: str) -
     )
 
 
-def ranks_agree(value: Tensor, group: ProcessGroup) -> bool:
+def ranks_agree(value: Tensor, group: Communicator) -> bool:
     """Whether every rank of the group holds the same tensor, up to rounding. Collective."""
     relative = relative_deviation(value, group)
     return relative is None or relative <= _rounding(value.dtype)
 
 
-def relative_deviation(value: Tensor, group: ProcessGroup) -> float | None:
+def relative_deviation(value: Tensor, group: Communicator) -> float | None:
     """Largest difference from the ranks' mean, over the largest value; None if all is zero.
 
     Infinite where the ranks' shapes differ: comparing those would end the process.
@@ -141,16 +141,14 @@ def relative_deviation(value: Tensor, group: ProcessGroup) -> float | None:
         return math.inf
     wide = value.dtype in (torch.float64, torch.int64, torch.int32)
     exact = value.detach().to(torch.float64 if wide else torch.float32, copy=True).contiguous()
-    total = exact.clone()
-    dist.all_reduce(total, group=group)
+    total = all_reduce_sum(exact, group)
     extremes = exact.new_zeros(2)
     if exact.numel():
         # Infinities (masks) are the same everywhere or they differ as a count does.
-        difference = torch.nan_to_num(exact - total / group.size(), nan=0.0, posinf=1e30)
+        difference = torch.nan_to_num(exact - total / group.size, nan=0.0, posinf=1e30)
         extremes[0] = difference.abs().max()
         extremes[1] = torch.nan_to_num(exact, posinf=1e30, neginf=-1e30).abs().max()
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    deviation, largest = extremes.tolist()
+    deviation, largest = reduced(extremes, group, dist.ReduceOp.MAX).tolist()
     return None if largest == 0.0 else deviation / largest
 
 

@@ -6,18 +6,24 @@ framework already made are adopted; only what no framework made is created here.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 
+from flex_model.distributed.board import Board
+from flex_model.distributed.communicator import Communicator
+from flex_model.distributed.control import ControlGroup
+from flex_model.distributed.watch import Watch
 from flex_model.errors import ConfigurationError
 
-__all__ = ["MESH_DIMS", "ParallelMesh", "build_mesh"]
+__all__ = ["MESH_DIMS", "ParallelMesh", "build_mesh", "watched"]
 
 MESH_DIMS = ("pp", "dp", "tp")
 
@@ -31,12 +37,18 @@ class ParallelMesh:
         names: mesh dims of size > 1, outermost first.
         ranks: global ranks of the mesh, in mesh order.
         everyone: one group of all ``ranks``; None in a single-process job.
+        assembly: all of them on a CPU group of FlexModel's own, once `watched`.
+        control: of them those that pass the same modules: this rank's pipeline stage.
+        watch: the watch kept while waiting, once `watched`.
     """
 
     device_mesh: DeviceMesh | None = None
     names: tuple[str, ...] = ()
     ranks: tuple[int, ...] = (0,)
     everyone: ProcessGroup | None = None
+    assembly: ControlGroup | None = None
+    control: ControlGroup | None = None
+    watch: Watch | None = None
     _groups: Mapping[str, ProcessGroup] = field(default_factory=dict)
     _places: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
@@ -47,6 +59,10 @@ class ParallelMesh:
     def group(self, name: str) -> ProcessGroup:
         """The ranks that differ from this one along ``name`` only."""
         return self._groups[name]
+
+    def along(self, name: str) -> Communicator:
+        """The same ranks, for collectives."""
+        return Communicator(self._groups[name], self.watch)
 
     def coordinate(self, name: str) -> int:
         """This rank's place along a mesh dim."""
@@ -64,6 +80,32 @@ class ParallelMesh:
     def rank(self) -> int:
         """This process's global rank."""
         return dist.get_rank() if self.device_mesh is not None else 0
+
+
+def watched(mesh: ParallelMesh, store: Store | None, patience: float) -> ParallelMesh:
+    """The mesh with a watch over its ranks. Collective; a single process has nothing to watch.
+
+    Args:
+        mesh: the job's ranks.
+        store: that all of them reach; None for the job's own.
+        patience: seconds that a rank may stand in another collective before it counts as stuck.
+    """
+    if not mesh.names:
+        return mesh
+    store = (store or _get_default_store()).clone()  # a connection apart from torch's watchdogs
+    ranks, own = mesh.ranks, mesh.rank
+    spelled = "-".join(map(str, ranks))
+    # Each rank counts the FlexModels it built on these ranks: the same number on all of them.
+    name = f"flex_model/{spelled}/{store.add(f'flex_model/{spelled}/built by {own}', 1)}"
+    watch = Watch(Board(store, name), own, ranks, patience)
+    assembly = ControlGroup(store, f"{name}/all", ranks, watch)
+    stage = tuple(r for r in ranks if mesh.coordinate_of(r, "pp") == mesh.coordinate("pp"))
+    control = assembly
+    if len(stage) < len(ranks):
+        control = ControlGroup(store, f"{name}/{mesh.coordinate('pp')}", stage, watch)
+    seen = replace(mesh, watch=watch, assembly=assembly, control=control)
+    weakref.finalize(seen, watch.close)
+    return seen
 
 
 def build_mesh(

@@ -116,12 +116,12 @@ def _assemble_dim(local: Tensor, dim: DimLayout, mesh: ParallelMesh) -> Tensor:
         local = all_gather_along(
             local,
             shard_dim(placement),
-            mesh.group(dim.name),
+            mesh.along(dim.name),
             blocks=block_count(placement),
             shard_sizes=dim.shard_sizes,
         )
     elif isinstance(placement, Partial):
-        local = all_reduce_sum(local, mesh.group(dim.name))
+        local = all_reduce_sum(local, mesh.along(dim.name))
         if placement.reduce_op == "avg":
             local = local / dim.size
     return local if dim.value_scale == 1.0 else local * dim.value_scale
@@ -137,7 +137,7 @@ def _assemble_dim_on(
     whole = gather_along(
         local,
         shard_dim(placement),
-        mesh.group(dim.name),
+        mesh.along(dim.name),
         mesh.rank_at(dim.name, index),
         blocks=block_count(placement),
         shard_sizes=dim.shard_sizes,

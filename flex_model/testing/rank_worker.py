@@ -117,8 +117,9 @@ def _perform(call: Call, connection: Connection) -> None:
             connection.send_bytes(pack(_failure(error)))
         else:
             connection.send_bytes(data)
-            with suppress(RuntimeError):  # a peer that failed tells so itself
-                dist.barrier()
+            if dist.is_initialized():
+                with suppress(RuntimeError):  # a peer that failed tells so itself
+                    dist.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
     connection.send_bytes(b"idle")

@@ -1,0 +1,246 @@
+"""Waiting for other ranks with open eyes: every wait is bounded, and its end is explained.
+
+A collective that a peer will never join waits until its process group times out, half an hour
+later, and then names a socket. So a rank that waits for more than a moment posts where it stands on
+the `Board`, reads what its peers post, and raises as soon as one of them cannot come any more: it
+failed, was killed, runs other hooks, took them off, or waits for this rank elsewhere.
+
+On the CPU the waiting is done here, a slice at a time. A collective on an accelerator is left to
+its stream and to its backend's own watchdog, for looking would stall the device; its ranks meet
+once per forward on a CPU group, and there these eyes are open.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import Work
+
+from flex_model.distributed.beat import Beat
+from flex_model.distributed.board import Board, Fault, Post, Wait
+from flex_model.distributed.look import STALE_SECONDS, Look
+from flex_model.errors import FlexModelError, RankDisagreementError, RankFailedError
+
+__all__ = ["Watch"]
+
+_SLICE = timedelta(milliseconds=200)
+_ALIKE_SECONDS = 1.5
+_MAX_RUNS = 16
+
+
+class Watch:
+    """One rank's waiting, and what it tells the others meanwhile.
+
+    Args:
+        board: where ranks post.
+        rank: this one.
+        ranks: all that run the same hooks.
+        patience: seconds that a peer may stand in another collective before it counts as stuck.
+
+    Attributes:
+        where: what this rank is at, for its posts and for messages; whoever begins a collective
+            sets it.
+    """
+
+    def __init__(self, board: Board, rank: int, ranks: Sequence[int], patience: float) -> None:
+        self.where = "construction"
+        self.board = board
+        self._rank = rank
+        self._ranks = tuple(ranks)
+        self._patience = patience
+        self._entered: dict[str, int] = {}
+        self._post = Post(rank)
+        self._lock = threading.Lock()
+        self._over: FlexModelError | None = None
+        self._told: BaseException | None = None
+        board.put(self._post)
+        self._beat = Beat(self._say, board.any_fault)
+
+    # -- what this rank does ---------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The number of the forward begun last; -1 before the first."""
+        return self._post.steps[-1][1] if self._post.steps else -1
+
+    def begin_step(self, what: str) -> int:
+        """Post that a forward begins; return its number.
+
+        Args:
+            what: a word for what it runs, that differs where ranks differ.
+
+        Raises:
+            RankFailedError, RankDisagreementError: another rank has failed, or this one has left.
+        """
+        if self._over is not None:
+            raise self._over
+        if self._beat.alarmed:
+            self._raise_of_others()
+        step, runs = self.step + 1, self._post.steps
+        if runs and runs[-1][2] == what:
+            runs = (*runs[:-1], (runs[-1][0], step, what))
+        else:
+            runs = (*runs[-_MAX_RUNS + 1 :], (step, step, what))
+        self._say(steps=runs)
+        return step
+
+    def attached(self, attached: bool) -> None:
+        """Post whether hooks are on the model."""
+        if attached != self._post.attached and self._over is None:
+            self._say(attached=attached)
+
+    def close(self) -> None:
+        """Take leave in good order."""
+        if self._beat.end():
+            with suppress(RuntimeError):  # the store may have gone before
+                self._say(left=True)
+
+    # -- waiting ---------------------------------------------------------------------------
+
+    def finish(self, work: Work, name: str, members: Sequence[int], group: object) -> None:
+        """Wait for a collective of ours on the CPU.
+
+        Args:
+            work: the collective, begun asynchronously.
+            name: of the group, the same on its ranks.
+            members: global ranks that take part.
+            group: the group itself, which has to outlive a collective that is given up.
+
+        Raises:
+            RankFailedError: a peer has failed or ended.
+            RankDisagreementError: a peer will not come, since it runs something else.
+        """
+        number = self._entered[name] = self._entered.get(name, 0) + 1
+        look: Look | None = None
+        while not self._finished(work):
+            if look is None:
+                look = Look(self.board, self._rank, self._ranks, self._patience)
+                self._say(wait=Wait(name, tuple(members), number, self.where))
+            fault = look.in_vain(self._post)
+            if fault is not None:
+                _keep_for_good(work, group)
+                raise self._stopped(fault)
+        if look is not None:
+            self._say(wait=None)
+
+    def _finished(self, work: Work) -> bool:
+        """Wait for a slice of time."""
+        try:
+            work.wait(_SLICE)
+        except RuntimeError:
+            if not work.is_completed():
+                return False
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._stopped(self._behind(error)) from error
+        return True
+
+    def _behind(self, error: BaseException) -> Fault:
+        """Who is behind a broken connection: looks until a rank is known to have gone."""
+        look = Look(self.board, self._rank, self._ranks, self._patience)
+        deadline = time.monotonic() + 2 * STALE_SECONDS
+        while time.monotonic() < deadline:
+            fault = look.gone(self._ranks)
+            if fault is not None:
+                return fault
+            time.sleep(0.1)
+        return Fault(self._rank, self.where, f"the connection to another rank broke: {error}")
+
+    # -- failing ---------------------------------------------------------------------------
+
+    def failed(self, where: str, error: Exception) -> Exception:
+        """What to raise for an exception on this rank, after the others have been told of it.
+
+        If every rank fails alike, all raise their own error and can go on. If this one is alone,
+        it leaves its process groups, so that nobody waits for it.
+
+        Args:
+            where: the hook point, or what else failed; the same on every rank.
+            error: what was raised there.
+        """
+        if error is self._told or self._over is not None:
+            return error
+        self._told = error
+        with suppress(dist.DistError):  # a store that is gone tells nobody anything
+            others = self._faults_of_others()
+            if others or _is_broken_connection(error):
+                return self._stopped(others[0] if others else self._behind(error))
+            if not self._all_alike(where, error):
+                self._leave(Fault(self._rank, where, _cause(error)))
+        return error
+
+    def _all_alike(self, where: str, error: Exception) -> bool:
+        """Whether every rank fails so, now: waits a moment for those that are behind."""
+        event = f"{self.step}/{zlib.crc32(f'{where} {type(error).__name__}'.encode())}"
+        deadline = time.monotonic() + _ALIKE_SECONDS
+        count = self.board.count(event)
+        # Failing alike again in one forward adds up: a multiple of the ranks is all of them.
+        due = -(-count // len(self._ranks)) * len(self._ranks)
+        while count < due and time.monotonic() < deadline:
+            time.sleep(0.01)
+            count = self.board.counted(event)
+        return count >= due
+
+    def _raise_of_others(self) -> None:
+        faults = self._faults_of_others()
+        if faults:
+            raise self._stopped(faults[0])
+
+    def _faults_of_others(self) -> list[Fault]:
+        faults = self.board.faults(rank for rank in self._ranks if rank != self._rank)
+        return sorted(faults, key=lambda fault: fault.rank != fault.told_by)
+
+    def _stopped(self, fault: Fault) -> FlexModelError:
+        """This rank goes on no longer; the error that says so."""
+        self._leave(fault)
+        if fault.disagreement:
+            error: FlexModelError = RankDisagreementError(f"Ranks disagree: {fault}")
+        else:
+            error = RankFailedError(
+                f"rank {self._rank} stopped at {self.where}, for another rank failed: {fault}"
+            )
+        self._told = self._over = error
+        return error
+
+    def _leave(self, fault: Fault) -> None:
+        """Tell the others, then leave all process groups: whoever waits for this rank is freed."""
+        self.board.report(replace(fault, told_by=self._rank))
+        self._over = RankFailedError(
+            f"rank {self._rank} has left its process groups, after: {fault} Start the job anew."
+        )
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _say(self, **changes: object) -> None:
+        with self._lock:  # the beat speaks from a thread of its own
+            told = {"entered": dict(self._entered), **changes}
+            self._post = replace(self._post, **told)  # type: ignore[arg-type]
+            self.board.put(self._post)
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _keep_for_good(work: Work, group: object) -> None:
+    """Never destruct a group with a collective under way: that would wait for the peers' part.
+
+    gloo joins the thread that waits, and the interpreter would do so at its end.
+    """
+    for item in (work, group):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))
