@@ -30,7 +30,8 @@ from flex_model.distributed.mesh import (
     from_device_mesh,
     watched,
 )
-from flex_model.errors import ConfigurationError, RegistrationError
+from flex_model.errors import ConfigurationError, LayoutError, RegistrationError
+from flex_model.layouts.experts import refused
 from flex_model.layouts.names import named_modules, named_parameters, plain_name
 from flex_model.layouts.resolve import Loss, groups_of
 
@@ -64,6 +65,8 @@ class FlexModel(nn.Module):
         data_parallel_loss: keyword only. "mean" if the ranks' losses are averaged, "sum" if added.
         seed: keyword only. Of random edits; the same on every rank.
         batch_dim: keyword only. Dim of the model's input tensors that data parallelism cuts.
+        debug: keyword only. Check every edit: for NaNs, for replicas that differ, and for functions
+            that declared to need less of the tensor than they do. Slow.
         patience: keyword only. Seconds that a rank may stand in a collective that is none of ours
             while others wait for it in one that is, before it counts as stuck.
         store: keyword only. Where ranks tell each other why they stop; None for the job's own.
@@ -95,6 +98,7 @@ class FlexModel(nn.Module):
         data_parallel_loss: Loss = "mean",
         seed: int = 0,
         batch_dim: int = 0,
+        debug: bool = False,
         patience: float = 60.0,
         store: Store | None = None,
     ) -> None:
@@ -108,7 +112,7 @@ class FlexModel(nn.Module):
         ranks = watched(_mesh_of(module, sizes, process_group, mesh), store, patience)
         self._install(
             module, ranks, output_ptr, keep,
-            seed=seed, loss=data_parallel_loss, batch_dim=batch_dim,
+            seed=seed, loss=data_parallel_loss, batch_dim=batch_dim, debug=debug,
         )  # fmt: skip
 
     def _install(
@@ -394,12 +398,17 @@ class FlexModel(nn.Module):
 
         Raises:
             UnknownModuleError: no such parameter.
+            LayoutError: the name means another parameter on each rank.
             HintError: a hint that does not fit.
         """
         parameters = dict(named_parameters(self.module))
         parameter_name = plain_name(parameter_name)
         if parameter_name not in parameters:
             raise unknown_name("parameter", parameter_name, parameters)
+        why = refused(self.module, parameter_name, self._session.sizes, parameter=True)
+        if why is not None:
+            rank = self._session.mesh.rank
+            raise LayoutError(f"Parameter {parameter_name} (rank {rank}) cannot be read: {why}")
         return whole_parameter(
             self.module,
             parameter_name,

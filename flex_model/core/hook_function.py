@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.distributed.tensor.placement_types import Placement
 
+from flex_model.core.needs import WHOLE, needs_of
+
 __all__ = ["EditingFunction", "HookFunction"]
 
 EditingFunction = Callable[[nn.Module, Tensor, Namespace, nn.ModuleDict], Tensor]
@@ -31,6 +33,9 @@ class HookFunction:
             device. None retrieves only: nothing of the forward or backward changes.
         unpack_idx: which tensor of the module's output (or input, or gradients), counting tensors
             only, over args then kwargs for pre-hooks.
+        record: keyword only. Whether the activation (before any edit) is recorded. None records it
+            unless the editing function declared (`flex_model.elementwise` and its kin) that it
+            needs no whole tensor: then nothing at all is moved.
         placements: keyword only. Placement by mesh dim ("tp", "dp"), overruling what is found.
         gradients: keyword only. Placement of the gradient by mesh dim, for a value that is
             replicated but whose gradient is not (``Partial()``), or the other way round.
@@ -52,6 +57,7 @@ class HookFunction:
         editing_function: EditingFunction | None = None,
         unpack_idx: int = 0,
         *,
+        record: bool | None = None,
         placements: Mapping[str, Placement] | None = None,
         gradients: Mapping[str, Placement] | None = None,
     ) -> None:
@@ -59,9 +65,32 @@ class HookFunction:
         self.expected_shape = tuple(expected_shape) if expected_shape is not None else None
         self.editing_function = editing_function
         self.unpack_idx = unpack_idx
+        self.record = record
         self.placements = dict(placements or {})
         self.gradients = dict(gradients or {})
 
+    @property
+    def statistic(self) -> EditingFunction | None:
+        """The function, if it returns a statistic, recorded in the activation's place."""
+        function = self.editing_function
+        return function if function is not None and needs_of(function).combine else None
+
+    @property
+    def edit(self) -> EditingFunction | None:
+        """The function, if its result takes the activation's place."""
+        return None if self.statistic is not None else self.editing_function
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the activation itself is recorded."""
+        if self.record is not None or self.editing_function is None:
+            return self.record is not False
+        return needs_of(self.editing_function) == WHOLE
+
+    @property
+    def name(self) -> str:
+        """The editing function's name, for messages and statistics."""
+        return getattr(self.editing_function, "__name__", None) or repr(self.editing_function)
+
     def __repr__(self) -> str:
-        edit = getattr(self.editing_function, "__name__", None) or repr(self.editing_function)
-        return f"HookFunction({self.module_name!r}, editing_function={edit})"
+        return f"HookFunction({self.module_name!r}, editing_function={self.name})"

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from flex_model.core.hook_function import EditingFunction, HookFunction
+from flex_model.core.editing import Editing
+from flex_model.core.hook_function import HookFunction
 from flex_model.core.point_layout import PointLayout
 from flex_model.core.randomness import RandomStreams, in_backward
 from flex_model.core.session import Session
 from flex_model.core.unpacking import count_tensors, find_tensor
 from flex_model.distributed.gradients import GradientMemory
-from flex_model.distributed.routing import gather, reshard
-from flex_model.errors import EditError, LayoutError
+from flex_model.errors import LayoutError
 from flex_model.layouts.layout import ActivationLayout
 
 __all__ = ["HookPoint", "Kind"]
@@ -81,7 +80,8 @@ class HookPoint:
         self._session = session
         self._memory = GradientMemory(self.where)
         self._layouts = PointLayout(key.name, key.kind, key.index, module, session, self.where)
-        self._streams = RandomStreams(session.seed, key.label)
+        streams = RandomStreams(session.seed, key.label)
+        self._editing = Editing(module, session, self._memory, streams, self.where)
         self._positions: list[int] = []
         self.before_trace: Callable[[], None] | None = None
 
@@ -213,69 +213,35 @@ class HookPoint:
             layout = self._memory.measured(layout, local, self._session.mesh).transposed()
         elif not layout.told:
             layout = self._memory.known(layout)
-        edits = [h.editing_function for h in active if h.editing_function is not None]
+        edits = [hook.edit for hook in active if hook.edit is not None]
         recompute = not transposed and in_backward()
-        if edits:
-            edited = self._edited(local, layout, edits, recompute)
-            return tensor if edited is local else _like(edited, tensor)
         if not recompute:
-            self._session.records.collect(self.record_key, local, layout)
-        return tensor
+            self._take_statistics(local, layout, active)
+        recorded = not recompute and any(hook.recorded for hook in active)
 
-    def _edited(
-        self,
-        local: Tensor,
-        layout: ActivationLayout,
-        edits: Sequence[EditingFunction],
-        recompute: bool,
-    ) -> Tensor:
-        """Gather, record, edit, re-shard; ``local`` itself where the edits changed nothing."""
-        session = self._session
-        whole = gather(local, layout, session.mesh, self._memory)
-        if not recompute:
-            session.records.store(self.record_key, whole)
-        version = None if whole.is_inference() else whole._version
-        edited = whole
-        # Checkpointing recomputes what autograd records, or (reentrant) a training module's calls.
-        remember = torch.is_grad_enabled() or self._module.training
-        for order, edit in enumerate(edits):
-            call = partial(edit, self._module, edited, session.save_ctx, session.modules)
-            result = self._streams.run(call, local, order, remember=remember)
-            edited = self._checked(result, edited, edit)
-        untouched = edited is whole and version is not None and whole._version == version
-        if untouched and (layout.told or not whole.requires_grad):
-            return local
-        return reshard(edited, layout, session.mesh, self._memory)
+        def record(whole: Tensor | None) -> None:
+            if recorded and whole is not None:
+                self._session.records.store(self.record_key, whole)
+            elif recorded:
+                self._session.records.collect(self.record_key, local, layout)
 
-    def _checked(self, result: Any, due: Tensor, edit: EditingFunction) -> Tensor:
-        """What an editing function returned, fit to take the activation's place."""
-        if isinstance(result, Tensor) and (result.shape, result.dtype, result.device) == (
-            due.shape,
-            due.dtype,
-            due.device,
-        ):
-            return result
+        if not edits:
+            record(None)
+            return tensor
+        edited = self._editing.edit(local, layout, edits, record, recompute=recompute)
+        return tensor if edited is local else _like(edited, tensor)
 
-        def refuse(got: str, way_out: str) -> EditError:
-            name = getattr(edit, "__name__", repr(edit))
-            return EditError(
-                f"{self.where}: editing function {name} returned {got}, but a tensor of shape "
-                f"{tuple(due.shape)}, {due.dtype} on {due.device} was due. {way_out}"
-            )
+    def _take_statistics(
+        self, local: Tensor, layout: ActivationLayout, active: Sequence[HookFunction]
+    ) -> None:
+        for hook in active:
+            if hook.statistic is not None:
+                found = self._editing.statistic(local, layout, hook.statistic)
+                self._session.records.store(self.key_of(hook), found)
 
-        if not isinstance(result, Tensor):
-            way_out = "Return the edited tensor." if result is None else "Return a torch.Tensor."
-            raise refuse("None" if result is None else type(result).__name__, way_out)
-        if result.shape != due.shape:
-            raise refuse(f"shape {tuple(result.shape)}", "An edit keeps the activation's shape.")
-        if result.device != due.device:
-            raise refuse(f"a tensor on {result.device}", "Move it back before returning it.")
-        if result.dtype != due.dtype:
-            autocast = torch.is_autocast_enabled(due.device.type)
-            if not (autocast and result.is_floating_point() and due.is_floating_point()):
-                raise refuse(f"dtype {result.dtype}", f"Return result.to({due.dtype}).")
-            result = result.to(due.dtype)
-        return result
+    def key_of(self, hook: HookFunction) -> str:
+        """Where a hook function's records go: statistics under their own names."""
+        return f"{self.record_key}:{hook.name}" if hook.statistic is not None else self.record_key
 
     def _missing(self, verb: str, tree: Any) -> LayoutError:
         kinds = [type(item).__name__ for item in (tree if isinstance(tree, tuple) else (tree,))]

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from flex_model.errors import RecomputeError
 
-__all__ = ["RandomStreams", "in_backward"]
+__all__ = ["RandomStreams", "in_backward", "repeated"]
 
 _REMEMBERED_CALLS = 4096
 _SEED_BITS = 2**63 - 1
@@ -63,7 +64,15 @@ class RandomStreams:
         self._calls = 0
         self._drawn: OrderedDict[tuple[Any, ...], list[_Call]] = OrderedDict()
 
-    def run(self, edit: Callable[[], Any], local: Tensor, order: int, *, remember: bool) -> Any:
+    def run(
+        self,
+        edit: Callable[[], Any],
+        local: Tensor,
+        order: int,
+        *,
+        remember: bool = False,
+        recompute: bool = False,
+    ) -> Any:
         """Call an edit on its own stream.
 
         Args:
@@ -71,11 +80,11 @@ class RandomStreams:
             local: this rank's activation before the edit; tells a recompute which call it repeats.
             order: place of the editing function in the hook point's chain.
             remember: whether a recompute may come, so that it matters which calls drew.
+            recompute: whether this call is one: a forward, run again within backward.
 
         Raises:
             RecomputeError: a recompute draws random numbers but repeats no call that did.
         """
-        recompute = in_backward()
         key = self._recalled(local, order) if recompute else self._next(order)
         generators = _generators(local.device)
         before = [generator.get_state() for generator in generators]
@@ -88,25 +97,24 @@ class RandomStreams:
             result = edit()
             for generator, state in zip(generators, seeded, strict=False):
                 if not torch.equal(generator.get_state(), state):
-                    self._note_drawn(local, order, key)
+                    self._note_drawn(local, order, key, recompute)
                     break
             return result
         finally:
-            for generator, state in zip(generators, before, strict=True):
-                generator.set_state(state)
+            _restore(generators, before)
 
     def _next(self, order: int) -> int:
         self._calls += 1
         return _mixed(self._calls, order)
 
-    def _note_drawn(self, local: Tensor, order: int, key: int | None) -> None:
+    def _note_drawn(self, local: Tensor, order: int, key: int | None, recompute: bool) -> None:
         if key is None:
             raise RecomputeError(
                 f"{self._where}: a recompute in backward draws random numbers, but its activation "
                 f"of shape {tuple(local.shape)} is none that the forward saw, so the noise cannot "
                 "be the same. Make the recomputed region deterministic (preserve_rng_state=True)."
             )
-        if in_backward():
+        if recompute:
             return
         call = _Call(key, torch.autograd._get_sequence_nr(), torch.is_grad_enabled())
         self._drawn.setdefault((order, *_fingerprint(local)), []).append(call)
@@ -125,6 +133,29 @@ class RandomStreams:
         # The node that wants its tensors back was made in the same region, mostly after the call.
         earlier = [call for call in calls if call.sequence <= node]
         return (earlier[-1] if earlier else calls[0]).key
+
+
+@contextmanager
+def repeated(device: torch.device) -> Iterator[Callable[[], None]]:
+    """What is yielded sets the generators back to where they stood, to draw the same once more.
+
+    Behind it they stand where the first drawing left them.
+    """
+    generators = _generators(device)
+    before = [generator.get_state() for generator in generators]
+    after: list[Tensor] = []
+
+    def again() -> None:
+        after.extend(generator.get_state() for generator in generators)
+        _restore(generators, before)
+
+    yield again
+    _restore(generators, after)
+
+
+def _restore(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=False):
+        generator.set_state(state)
 
 
 def _mixed(calls: int, order: int) -> int:

@@ -12,6 +12,7 @@ from flex_model.core.hook_function import HookFunction
 from flex_model.core.hook_point import HookPoint, Kind, PointKey
 from flex_model.core.session import Session
 from flex_model.errors import RegistrationError, UnknownModuleError
+from flex_model.layouts.experts import refused
 from flex_model.layouts.names import named_modules, named_parameters, plain_name
 
 __all__ = ["KINDS", "HookRegistry", "unknown_name"]
@@ -49,8 +50,8 @@ class HookRegistry:
 
         Raises:
             UnknownModuleError: the wrapped model has no such module or parameter.
-            RegistrationError: no HookFunction, one that is registered already, no such kind, or a
-                parameter that gets no gradient.
+            RegistrationError: no HookFunction, one that is registered already, no such kind, a
+                parameter that gets no gradient, or an activation that no one process has.
         """
         if not isinstance(hook, HookFunction):
             raise RegistrationError(f"Expected a HookFunction, got {type(hook).__name__}.")
@@ -61,6 +62,12 @@ class HookRegistry:
                 f"{hook!r} is registered already. Make another HookFunction for another place."
             )
         self._target(hook.module_name, kind)
+        name = plain_name(hook.module_name)
+        why = refused(self._root, name, self._session.sizes, parameter=kind == "tensor")
+        if why is not None:
+            raise RegistrationError(
+                f"{name} ({kind}, rank {self._session.mesh.rank}) cannot be hooked: {why}"
+            )
 
     def register(self, hook: HookFunction, kind: Kind) -> None:
         """Let a hook function visit its module (or parameter). Raises as `check` does."""
@@ -81,7 +88,7 @@ class HookRegistry:
 
     def record_key(self, hook: HookFunction) -> str:
         """Where a registered hook function's records are found."""
-        return self._points[_key_of(hook, self._kinds[hook])].record_key
+        return self._points[_key_of(hook, self._kinds[hook])].key_of(hook)
 
     def clear(self) -> None:
         """Take every hook off: the model is as it was before the first was registered."""

@@ -6,6 +6,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +20,12 @@ from flex_model.core.records import Records
 from flex_model.core.unpacking import tensors_in
 from flex_model.distributed.agreement import StepFacts, agree, word_for
 from flex_model.distributed.mesh import ParallelMesh
+from flex_model.distributed.sharing import SharedModules
 from flex_model.distributed.watch import Watch
+from flex_model.errors import LayoutError
 from flex_model.layouts.dtensor import placements_by_name
-from flex_model.layouts.marks import FOREIGN, WHOLE, Cut, Mark, from_placement
+from flex_model.layouts.experts import boundaries, shares_experts
+from flex_model.layouts.marks import FOREIGN, UNKNOWN, WHOLE, Cut, Mark, from_placement
 from flex_model.layouts.names import named_modules, named_parameters
 from flex_model.layouts.resolve import Loss, parameter_placement, tell
 from flex_model.layouts.sources import Site
@@ -55,6 +59,8 @@ class Session:
         records: where captured tensors go.
         save_ctx: the users' namespace, handed to editing functions.
         modules: the trainable modules, handed to editing functions.
+        shared: the same, for editing functions that work on shards.
+        debug: whether every edit is checked, at the price of time and traffic.
         seed: of the random streams.
         loss: how the losses of data-parallel ranks combine.
         batch_dim: dim of the model's inputs along which dp cuts.
@@ -72,6 +78,7 @@ class Session:
         seed: int,
         loss: Loss,
         batch_dim: int,
+        debug: bool = False,
     ) -> None:
         self.root = root
         self.mesh = mesh
@@ -80,6 +87,8 @@ class Session:
         self.records = records
         self.save_ctx = Namespace()
         self.modules = nn.ModuleDict()
+        self.shared = SharedModules(self.modules, mesh)
+        self.debug = debug
         self.seed = seed
         self.loss: Loss = loss
         self.batch_dim = batch_dim
@@ -92,6 +101,8 @@ class Session:
         self._described: set[tuple[int, int]] = set()
         self._handles: list[Any] = []
         self._layer_handles: list[Any] = []
+        self._entered: dict[str, tuple[torch.Size, dict[str, Mark]]] = {}
+        self._shares_experts = shares_experts(root)
 
     def is_active(self, hook: HookFunction) -> bool:
         """Whether a hook function runs in this forward."""
@@ -130,6 +141,7 @@ class Session:
     def close(self) -> None:
         """End the forward that is under way, whatever interrupted it."""
         self._depth = 0
+        self.shared.end_forward()
         if self.trace is not None:
             trace, self.trace = self.trace, None
             self._unwatch()
@@ -137,13 +149,19 @@ class Session:
 
     def dtensor_marks(self, tensor: DTensor) -> dict[str, Mark]:
         """How a DTensor lies over the job's mesh."""
-        placements = placements_by_name(tensor, self.dim_names)
+        try:
+            placements = placements_by_name(tensor, self.dim_names)
+        except LayoutError:
+            if not self._shares_experts:
+                raise
+            return dict.fromkeys(self.sizes, UNKNOWN)  # experts may lie over ranks of their own
         return {name: from_placement(p, tensor.ndim) for name, p in placements.items()}
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._depth += 1
         if self._depth > 1 or in_backward():
             return
+        self.shared.begin_forward()
         active = [p for p in self.points if any(self.is_active(h) for h in p.hooks)]
         inputs = list(tensors_in((args, kwargs)))
         self._agree(active, inputs)
@@ -235,28 +253,45 @@ class Session:
 
     def _watch_layers(self, trace: LayoutTrace) -> None:
         """Let the frameworks' word stand over what was followed through a layer's inside."""
-        if "tp" not in self.sizes:
-            return
+        around_experts = boundaries(self.root)
         for name, module in named_modules(self.root):
-            if tell(Site(self.root, name, module, "output", 0, 3)) is not None:
+            if name in around_experts:
+                enter = partial(self._enter, name)
+                handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+                self._layer_handles.append(handle)
+            site = Site(self.root, name, module, "output", 0, 3)
+            if name in around_experts or ("tp" in self.sizes and tell(site) is not None):
                 handle = module.register_forward_hook(
                     lambda m, a, out, name=name: self.mark_output(name, m, out)
                 )
                 self._layer_handles.append(handle)
 
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note how the first input lies of a module whose first output lies alike."""
+        tensor = next(tensors_in((args, kwargs)), None)
+        if self.trace is not None and tensor is not None:
+            self._entered[name] = (tensor.shape, self.trace.marks_of(tensor))
+
     def mark_output(self, name: str, module: nn.Module, output: Any) -> None:
-        """Mark a parallel layer's outputs over tp as the framework tells."""
+        """Mark a parallel layer's outputs over tp as the framework tells, or as what came in."""
         if self.trace is None:
             return
         for index, tensor in enumerate(tensors_in(output)):
+            marks: dict[str, Mark] = {}
+            shape, entered = self._entered.get(name, (None, {}))
+            if index == 0 and tensor.shape == shape:
+                marks = {n: m for n, m in entered.items() if m not in (FOREIGN, UNKNOWN)}
             told = tell(Site(self.root, name, module, "output", index, tensor.ndim))
-            if told is not None and not isinstance(tensor, DTensor):
-                self.trace.mark(tensor, {"tp": from_placement(told.value, tensor.ndim)})
+            if told is not None and "tp" in self.sizes:
+                marks["tp"] = from_placement(told.value, tensor.ndim)
+            if marks and not isinstance(tensor, DTensor):
+                self.trace.mark(tensor, marks)
 
     def _unwatch(self) -> None:
         for handle in self._layer_handles:
             handle.remove()
         self._layer_handles = []
+        self._entered = {}
 
 
 def _batched(inputs: list[Tensor]) -> Tensor:

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store
 
+from flex_model.distributed.process import space
+
 __all__ = ["Board", "Fault", "Post", "Wait"]
 
 _FAULTS = "faults"
@@ -54,6 +56,7 @@ class Post:
         left: whether the process has ended its part in good order.
         pid: process id.
         host: host name.
+        space: which processes can look at this one; see `process.space`.
     """
 
     rank: int
@@ -66,6 +69,7 @@ class Post:
     left: bool = False
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=socket.gethostname)
+    space: str = field(default_factory=space)
 
     def runs_at(self, step: int) -> str | None:
         """What this rank ran in a forward; None if it has not come to it, or long ago."""
@@ -106,12 +110,15 @@ class Board:
         self._store = PrefixStore(name, store)
 
     def put(self, post: Post) -> None:
-        """Say something of oneself: about ten microseconds, no reply is waited for."""
-        self._store.set(f"rank/{post.rank}", json.dumps(asdict(post)))
+        """Say something of oneself: about twenty microseconds, no reply is waited for."""
+        told = {**vars(post), "wait": post.wait and vars(post.wait)}
+        self._store.set(f"rank/{post.rank}", json.dumps(told))
 
     def posts(self, ranks: Iterable[int]) -> dict[int, Post]:
-        """What these ranks last said."""
-        return {rank: _post(self._store.get(f"rank/{rank}")) for rank in ranks}
+        """What these ranks last said, with one question to the store."""
+        ranks = tuple(ranks)
+        told = self._store.multi_get([f"rank/{rank}" for rank in ranks]) if ranks else ()
+        return dict(zip(ranks, map(_post, told), strict=True))
 
     def describe(self, what: str, lines: Iterable[str]) -> None:
         """Post what a forward runs, line by line, under the word that stands for it."""

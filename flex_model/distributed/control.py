@@ -9,6 +9,7 @@ may find that one's addresses in the store.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,10 @@ class ControlGroup:
         self._name = name
         self._watch = watch
         own = self.ranks.index(dist.get_rank())
-        self._gloo = dist.ProcessGroupGloo(PrefixStore(name, store), own, len(self.ranks))
+        # torch's stubs leave most of this class's methods out.
+        self._gloo: Any = dist.ProcessGroupGloo(  # type: ignore[call-arg]
+            PrefixStore(name, store), own, len(self.ranks)
+        )
 
     def exchange(self, own: Sequence[int]) -> dict[int, tuple[int, ...]]:
         """Every rank's few integers, by rank: one small all-gather."""
@@ -45,8 +49,9 @@ class ControlGroup:
         return dict(zip(self.ranks, map(tuple, rows.view(-1, len(own)).tolist()), strict=True))
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Work:
-        """Begin to send a CPU tensor to a global rank; the caller keeps it and finishes the work."""
-        return self._gloo.send([tensor.contiguous()], self.ranks.index(to), tag)
+        """Begin to send a CPU tensor to a global rank; the caller keeps it until it is finished."""
+        work: Work = self._gloo.send([tensor.contiguous()], self.ranks.index(to), tag)
+        return work
 
     def receive(self, tensor: Tensor, source: int, tag: int) -> None:
         """Fill a CPU tensor with what a global rank sends."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flex_model.distributed.board import Board, Fault, Post, Wait
+from flex_model.distributed.process import space, state_of
 
 __all__ = ["Look", "difference"]
 
-# A post is news for a second, and its writer may be late on a busy machine.
-STALE_SECONDS = 3.5
-_SETTLED_SECONDS = 2.5
+# Seconds that a thing must last to count: what a rank said last may be a second old, a process
+# may have ended with its part done, and a whole job may be stopped and go on.
+_SETTLED = 1.0
+_DETACHED = _CIRCLE = 2.5
+_STOPPED = 6.0
+# Without a sign of life from a process that cannot be looked at: long, for a rank whose editing
+# function holds the interpreter gives none either. A broken connection makes it likely.
+_SILENT, _SILENT_AND_BROKEN = 30.0, 3.5
+# Between two looks at every rank's post, so that a thousand ranks do not swamp their store.
+_PAUSE = 0.5
+_RANKS_A_SECOND = 64
 
 
 class Look:
@@ -27,70 +37,110 @@ class Look:
     def __init__(self, board: Board, rank: int, ranks: Sequence[int], patience: float) -> None:
         self._board = board
         self._rank = rank
-        self._ranks = ranks
+        self._others = tuple(r for r in ranks if r != rank)
         self._patience = patience
+        self._space = space()
+        self._pause = max(_PAUSE, len(ranks) / _RANKS_A_SECOND)
+        self._looked = -math.inf
         self._since: dict[object, float] = {}
 
-    def in_vain(self, own: Post) -> Fault | None:
-        """Why the collective that ``own`` waits in will never come about; None if it still may."""
-        if own.wait is None:
-            return None
-        fault = self.gone(own.wait.members)
-        if fault is not None:
-            return fault
-        posts = self._board.posts(own.wait.members)
-        for peer in posts.values():
-            cause = self._parted(own, peer) if peer.rank != self._rank else None
-            if cause is not None:
-                return Fault(self._rank, own.wait.where, cause, disagreement=True)
-        circle = self._circle(own, own.wait, posts)
-        return Fault(self._rank, own.wait.where, circle, disagreement=True) if circle else None
+    def in_vain(self, own: Post, broken: bool = False) -> Fault | None:
+        """Why this rank need not go on waiting; None if what it waits for may still come about.
 
-    def gone(self, ranks: Iterable[int]) -> Fault | None:
-        """A fault that one of these ranks told, or one whose process gives no sign of life."""
-        ranks = tuple(ranks)
-        told = self._board.faults(rank for rank in ranks if rank != self._rank)
+        Args:
+            own: what this rank posted, with the collective it waits in if that is one of ours.
+            broken: whether a connection broke, so that some rank must have gone.
+        """
+        told = self._board.faults(self._others)
         if told:
             # Of several, the one that did not just pass another's on.
             return min(told, key=lambda fault: (fault.rank != fault.told_by, fault.rank))
-        for rank, post in self._board.posts(ranks).items():
-            if rank != self._rank and self._lasts((rank, post.beat), STALE_SECONDS):
-                how = "has ended" if post.left else "was killed, or stands still"
+        now = time.monotonic()
+        if now - self._looked < self._pause:
+            return None
+        if now - self._looked > 2.0 + self._pause:
+            self._since.clear()  # this very rank stood still: the others may have gone on
+        self._looked = now
+        posts = self._board.posts(self._others)
+        return self._parted(own, posts) or self._gone(posts.values(), broken)
+
+    def waited_for(self, own: Post) -> bool:
+        """Whether a rank has passed what this one is at, and waits for it further on."""
+        posts = self._board.posts(self._others)
+        return any(
+            (own.rank in _missing(post, {own.rank: own}) and self._lasts((rank, post.wait), 0.3))
+            or (post.blocked and self._lasts((rank, post.blocked), 1.5))
+            for rank, post in posts.items()
+        )
+
+    # -- ranks that are no more ------------------------------------------------------------
+
+    def _gone(self, posts: Iterable[Post], broken: bool) -> Fault | None:
+        for post in posts:
+            how = self._farewell(post, broken) if post.left else self._silence(post, broken)
+            if how is not None:
                 cause = f"its process (id {post.pid} on {post.host}) {how}."
-                return Fault(rank, f"forward {_last_step(post)}", cause)
+                return Fault(post.rank, f"forward {_last_step(post)}", cause)
         return None
 
-    def _parted(self, own: Post, peer: Post) -> str | None:
-        """How a peer has parted from this rank's way."""
-        wait, step = own.wait, _last_step(own)
+    def _farewell(self, post: Post, broken: bool) -> str | None:
+        """Whoever has done its part may go, but not with a connection that is still in use."""
+        gone = broken and self._lasts((post.rank, "left"), _SETTLED)
+        return "has come to the end of its program" if gone else None
+
+    def _silence(self, post: Post, broken: bool) -> str | None:
+        """How a process shows that nothing more is to be expected of it."""
+        rank = post.rank
+        if post.space and post.space == self._space:
+            state = state_of(post.pid)
+            if state == "ended" and self._lasts((rank, state), _SETTLED):
+                return "was killed"
+            if state == "stopped" and self._lasts((rank, state, post.beat), _STOPPED):
+                return "is stopped"
+            return None
+        limit = _SILENT_AND_BROKEN if broken else _SILENT
+        return "was killed, or stands still" if self._lasts((rank, post.beat), limit) else None
+
+    # -- ranks that go another way ---------------------------------------------------------
+
+    def _parted(self, own: Post, posts: dict[int, Post]) -> Fault | None:
+        """Another rank's going elsewhere than to the collective that this one waits in."""
+        wait = own.wait
+        if wait is None:
+            return None
+        for rank in wait.members:
+            cause = self._elsewhere(own, wait, posts[rank]) if rank != own.rank else None
+            if cause is not None:
+                return Fault(own.rank, wait.where, cause, disagreement=True)
+        circle = self._circle(own, {**posts, own.rank: own})
+        return Fault(own.rank, wait.where, circle, disagreement=True) if circle else None
+
+    def _elsewhere(self, own: Post, wait: Wait, peer: Post) -> str | None:
+        step = _last_step(own)
         here, there = own.runs_at(step), peer.runs_at(step)
         if here is not None and there is not None and here != there:
             named = difference(self._board, {own.rank: here, peer.rank: there})
-            return f"ranks run different hooks in forward {step}: {named}"
-        same = (
-            wait and peer.wait and (wait.group, wait.number) == (peer.wait.group, peer.wait.number)
-        )
-        if wait and peer.wait and same and wait.where != peer.wait.where:
-            return f"rank {peer.rank} is at {peer.wait.where} in its place. {_SAME_WAY}"
-        if not peer.attached and self._lasts((peer.rank, "detached"), _SETTLED_SECONDS):
+            return f"ranks run different hooks in forward {step}: {named}."
+        if _in_its_place(wait, peer):
+            return f"rank {peer.rank} is at {peer.wait.where} in its place. {_SAME_WAY}"  # type: ignore[union-attr]
+        if peer.entered.get(wait.group, 0) >= wait.number:
+            return None  # it has come, and done its part or is about to
+        if peer.left and self._lasts((peer.rank, "left"), _SETTLED):
+            return f"rank {peer.rank} has ended its program, or its FlexModel. {_SAME_WAY}"
+        if not peer.attached and self._lasts((peer.rank, "detached"), _DETACHED):
             return f"rank {peer.rank} has restored its model. Restore on every rank, or on none."
-        if peer.left and self._lasts((peer.rank, "left"), 1.0):
-            return f"rank {peer.rank} has ended its program. {_SAME_WAY}"
-        if (
-            peer.blocked
-            and not peer.wait
-            and self._lasts((peer.rank, peer.blocked), self._patience)
-        ):
+        stuck = peer.blocked and not peer.wait
+        if stuck and self._lasts((peer.rank, peer.blocked), self._patience):
             return (
                 f"rank {peer.rank} has stood for {self._patience:g} s in {peer.blocked}, which is "
                 f"none of FlexModel's. {_SAME_WAY}"
             )
         return None
 
-    def _circle(self, own: Post, wait: Wait, posts: Mapping[int, Post]) -> str | None:
+    def _circle(self, own: Post, posts: Mapping[int, Post]) -> str | None:
         """Ranks that wait for one another, each in another collective, if that lasts."""
-        path = _circle_through(own, wait, {**posts, own.rank: own}, self._board)
-        if not path or not self._lasts(tuple(path), _SETTLED_SECONDS):
+        path = _circle_through(own, posts)
+        if not path or not self._lasts(tuple((post.rank, post.wait) for post in path), _CIRCLE):
             return None
         standing = ", ".join(f"rank {post.rank} at {post.wait.where}" for post in path if post.wait)
         return f"ranks wait for one another: {standing}. {_SAME_WAY}"
@@ -119,10 +169,11 @@ def difference(board: Board, what: Mapping[int, str]) -> str:
     return ", ".join(f"rank {rank}: {word}" for rank, word in what.items()) + " (in another order)"
 
 
-def _in_its_place(wait: Wait, other: Wait) -> bool:
-    """Whether another rank would meet this one in a collective that is for something else."""
-    same = (wait.group, wait.number) == (other.group, other.number)
-    return same and wait.where != other.where
+def _in_its_place(wait: Wait, peer: Post) -> bool:
+    """Whether a peer meets this rank in a collective that is for something else."""
+    other = peer.wait
+    same = other is not None and (wait.group, wait.number) == (other.group, other.number)
+    return same and other is not None and wait.where != other.where
 
 
 def _last_step(post: Post) -> int:
@@ -130,27 +181,22 @@ def _last_step(post: Post) -> int:
 
 
 def _missing(post: Post, posts: Mapping[int, Post]) -> Iterator[int]:
-    """The ranks that have not entered the collective that a post waits in."""
+    """Of some ranks, those that have not entered the collective that a post waits in."""
     if post.wait is None:
         return
     for rank in post.wait.members:
-        if rank != post.rank and posts[rank].entered.get(post.wait.group, 0) < post.wait.number:
+        if rank in posts and posts[rank].entered.get(post.wait.group, 0) < post.wait.number:
             yield rank
 
 
-def _circle_through(own: Post, wait: Wait, posts: dict[int, Post], board: Board) -> list[Post]:
+def _circle_through(own: Post, posts: Mapping[int, Post]) -> list[Post]:
     """A chain of waiting ranks, each missing from the collective before it, back to ``own``."""
     paths = [[own]]
     seen = {own.rank}
     while paths:
         path = paths.pop()
-        here = path[-1]
-        if here.wait is None:
-            continue
-        unread = [rank for rank in here.wait.members if rank not in posts]
-        posts.update(board.posts(unread))
-        for rank in _missing(here, posts):
-            if rank == own.rank:
+        for rank in _missing(path[-1], posts):
+            if rank == own.rank and len(path) > 1:
                 return path
             if rank not in seen:
                 seen.add(rank)

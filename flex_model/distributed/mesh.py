@@ -92,7 +92,7 @@ def watched(mesh: ParallelMesh, store: Store | None, patience: float) -> Paralle
     """
     if not mesh.names:
         return mesh
-    store = (store or _get_default_store()).clone()  # a connection apart from torch's watchdogs
+    store = _own_connection(store or _get_default_store())
     ranks, own = mesh.ranks, mesh.rank
     spelled = "-".join(map(str, ranks))
     # Each rank counts the FlexModels it built on these ranks: the same number on all of them.
@@ -106,6 +106,12 @@ def watched(mesh: ParallelMesh, store: Store | None, patience: float) -> Paralle
     seen = replace(mesh, watch=watch, assembly=assembly, control=control)
     weakref.finalize(seen, watch.close)
     return seen
+
+
+def _own_connection(store: Store) -> Store:
+    """Apart from torch's own, which its watchdogs may hold for long."""
+    own: Store = store.clone()  # type: ignore[attr-defined]
+    return own
 
 
 def build_mesh(

@@ -12,28 +12,45 @@ once per forward on a CPU group, and there these eyes are open.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import os
+import sys
 import threading
 import time
+import traceback
+import weakref
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from typing import Protocol
 
 import torch.distributed as dist
-from torch.distributed import Work
 
 from flex_model.distributed.beat import Beat
 from flex_model.distributed.board import Board, Fault, Post, Wait
-from flex_model.distributed.look import STALE_SECONDS, Look
+from flex_model.distributed.look import Look
 from flex_model.errors import FlexModelError, RankDisagreementError, RankFailedError
 
-__all__ = ["Watch"]
+__all__ = ["Waitable", "Watch"]
 
 _SLICE = timedelta(milliseconds=200)
-_ALIKE_SECONDS = 1.5
+# How long ranks that are busy may be behind in failing alike, and how long after a connection
+# broke it may take to show which rank has gone.
+_ALIKE_SECONDS = 10.0
+_BEHIND_SECONDS = 8.0
 _MAX_RUNS = 16
+_LONGEST_CAUSE = 2000
+
+
+class Waitable(Protocol):
+    """A collective under way, as `torch.distributed.Work` has it."""
+
+    def wait(self, timeout: timedelta = ...) -> object: ...
+
+    def is_completed(self) -> bool: ...
 
 
 class Watch:
@@ -57,12 +74,15 @@ class Watch:
         self._ranks = tuple(ranks)
         self._patience = patience
         self._entered: dict[str, int] = {}
+        self._hooked: set[object] = set()
         self._post = Post(rank)
-        self._lock = threading.Lock()
+        # Reentrant: a FlexModel may be collected, and take its leave, in the midst of anything.
+        self._lock = threading.RLock()
         self._over: FlexModelError | None = None
-        self._told: BaseException | None = None
+        self._told: tuple[BaseException | None, Exception | None] = (None, None)
         board.put(self._post)
         self._beat = Beat(self._say, board.any_fault)
+        _OPEN.add(self)
 
     # -- what this rank does ---------------------------------------------------------------
 
@@ -92,20 +112,25 @@ class Watch:
         self._say(steps=runs)
         return step
 
-    def attached(self, attached: bool) -> None:
-        """Post whether hooks are on the model."""
-        if attached != self._post.attached and self._over is None:
-            self._say(attached=attached)
+    def attached(self, who: object, on: bool) -> None:
+        """Post whether anyone has hooks on a model: copies of a FlexModel share their watch."""
+        (self._hooked.add if on else self._hooked.discard)(who)
+        if bool(self._hooked) != self._post.attached and self._over is None:
+            self._say(attached=bool(self._hooked))
 
-    def close(self) -> None:
-        """Take leave in good order."""
-        if self._beat.end():
-            with suppress(RuntimeError):  # the store may have gone before
-                self._say(left=True)
+    def close(self, uncaught: BaseException | None = None) -> None:
+        """Take leave: in good order, or with what ended the program."""
+        if not self._beat.end() or self._over is not None:
+            return
+        with suppress(dist.DistError):  # the store may have gone before
+            if uncaught is not None:
+                fault = Fault(self._rank, _at(uncaught), _cause(uncaught), told_by=self._rank)
+                self.board.report(fault)
+            self._say(left=True)
 
     # -- waiting ---------------------------------------------------------------------------
 
-    def finish(self, work: Work, name: str, members: Sequence[int], group: object) -> None:
+    def finish(self, work: Waitable, name: str, members: Sequence[int], group: object) -> None:
         """Wait for a collective of ours on the CPU.
 
         Args:
@@ -120,18 +145,18 @@ class Watch:
         """
         number = self._entered[name] = self._entered.get(name, 0) + 1
         look: Look | None = None
-        while not self._finished(work):
+        while not self._finished(work, look):
             if look is None:
-                look = Look(self.board, self._rank, self._ranks, self._patience)
+                look = self._look()
                 self._say(wait=Wait(name, tuple(members), number, self.where))
-            fault = look.in_vain(self._post)
+            fault = self._asked(look)
             if fault is not None:
                 _keep_for_good(work, group)
                 raise self._stopped(fault)
         if look is not None:
             self._say(wait=None)
 
-    def _finished(self, work: Work) -> bool:
+    def _finished(self, work: Waitable, look: Look | None) -> bool:
         """Wait for a slice of time."""
         try:
             work.wait(_SLICE)
@@ -141,19 +166,33 @@ class Watch:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise self._stopped(self._behind(error)) from error
+                raise self._stopped(self._behind(error, look)) from error
         return True
 
-    def _behind(self, error: BaseException) -> Fault:
+    def _behind(self, error: BaseException, look: Look | None = None) -> Fault:
         """Who is behind a broken connection: looks until a rank is known to have gone."""
-        look = Look(self.board, self._rank, self._ranks, self._patience)
-        deadline = time.monotonic() + 2 * STALE_SECONDS
+        look = look or self._look()
+        deadline = time.monotonic() + _BEHIND_SECONDS
         while time.monotonic() < deadline:
-            fault = look.gone(self._ranks)
+            fault = self._asked(look, broken=True)
             if fault is not None:
                 return fault
             time.sleep(0.1)
         return Fault(self._rank, self.where, f"the connection to another rank broke: {error}")
+
+    def _look(self) -> Look:
+        return Look(self.board, self._rank, self._ranks, self._patience)
+
+    def _asked(self, look: Look, broken: bool = False) -> Fault | None:
+        """Why this rank waits in vain, be it that nobody can be asked any more."""
+        try:
+            return look.in_vain(self._post, broken)
+        except dist.DistError as error:
+            cause = (
+                "the store in which ranks tell each other of faults is gone, and with it the "
+                f"process that hosted it: rank 0, unless a launcher did ({error})."
+            )
+            return Fault(self._rank, self.where, cause)
 
     # -- failing ---------------------------------------------------------------------------
 
@@ -161,33 +200,47 @@ class Watch:
         """What to raise for an exception on this rank, after the others have been told of it.
 
         If every rank fails alike, all raise their own error and can go on. If this one is alone,
-        it leaves its process groups, so that nobody waits for it.
+        it is over with it: the others stop where they wait for it in a collective of ours, and in
+        the model's own at the latest when its process ends.
 
         Args:
             where: the hook point, or what else failed; the same on every rank.
             error: what was raised there.
         """
-        if error is self._told or self._over is not None:
+        told, answer = self._told
+        if told is error and answer is not None:
+            return answer
+        if self._over is not None:
             return error
-        self._told = error
+        answer = self._answer(where, error)
+        self._told = (error, answer)
+        return answer
+
+    def _answer(self, where: str, error: Exception) -> Exception:
+        if _is_broken_connection(error):
+            return self._stopped(self._behind(error))
         with suppress(dist.DistError):  # a store that is gone tells nobody anything
             others = self._faults_of_others()
-            if others or _is_broken_connection(error):
-                return self._stopped(others[0] if others else self._behind(error))
+            if others:
+                return self._stopped(others[0])
             if not self._all_alike(where, error):
                 self._leave(Fault(self._rank, where, _cause(error)))
         return error
 
     def _all_alike(self, where: str, error: Exception) -> bool:
-        """Whether every rank fails so, now: waits a moment for those that are behind."""
+        """Whether every rank fails so, now: waits for those that are behind."""
         event = f"{self.step}/{zlib.crc32(f'{where} {type(error).__name__}'.encode())}"
         deadline = time.monotonic() + _ALIKE_SECONDS
+        self._say()  # what this rank has entered, so that it shows who waits for it
+        look = self._look()
         count = self.board.count(event)
         # Failing alike again in one forward adds up: a multiple of the ranks is all of them.
         due = -(-count // len(self._ranks)) * len(self._ranks)
         while count < due and time.monotonic() < deadline:
             time.sleep(0.01)
             count = self.board.counted(event)
+            if look.past(self._post):
+                return False
         return count >= due
 
     def _raise_of_others(self) -> None:
@@ -208,27 +261,54 @@ class Watch:
             error = RankFailedError(
                 f"rank {self._rank} stopped at {self.where}, for another rank failed: {fault}"
             )
-        self._told = self._over = error
+        self._told, self._over = (error, error), error
         return error
 
     def _leave(self, fault: Fault) -> None:
-        """Tell the others, then leave all process groups: whoever waits for this rank is freed."""
-        self.board.report(replace(fault, told_by=self._rank))
-        self._over = RankFailedError(
-            f"rank {self._rank} has left its process groups, after: {fault} Start the job anew."
-        )
+        """Tell the others, under every FlexModel of this process, and leave all process groups.
+
+        A group that something still refers to lives on, as gloo has it, until the process ends.
+        """
+        for watch in list(_OPEN):
+            with suppress(dist.DistError):
+                watch.board.report(replace(fault, told_by=watch._rank))
+            watch._over = watch._over or RankFailedError(
+                f"rank {self._rank} has left its process groups, after: {fault} Start the job anew."
+            )
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def _say(self, **changes: object) -> None:
-        with self._lock:  # the beat speaks from a thread of its own
+        """Post; a store that is gone is found out by whoever waits for an answer."""
+        with self._lock, suppress(dist.DistError):  # the beat speaks from a thread of its own
             told = {"entered": dict(self._entered), **changes}
             self._post = replace(self._post, **told)  # type: ignore[arg-type]
             self.board.put(self._post)
 
 
+_OPEN: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_of_program() -> None:
+    """Say why: an exception that nobody caught is what the others need to know."""
+    uncaught = getattr(sys, "last_value", None)
+    for watch in list(_OPEN):
+        watch.close(uncaught)
+
+
+@os.register_at_fork  # type: ignore[call-arg]
+def _in_a_fork() -> None: ...
+
+
+def _at(error: BaseException) -> str:
+    """The line that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "the program"
+
+
 def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return traceback.format_exception_only(error)[-1].strip()[:_LONGEST_CAUSE]
 
 
 def _is_broken_connection(error: Exception) -> bool:
@@ -237,7 +317,7 @@ def _is_broken_connection(error: Exception) -> bool:
     )
 
 
-def _keep_for_good(work: Work, group: object) -> None:
+def _keep_for_good(work: Waitable, group: object) -> None:
     """Never destruct a group with a collective under way: that would wait for the peers' part.
 
     gloo joins the thread that waits, and the interpreter would do so at its end.

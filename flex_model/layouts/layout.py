@@ -85,6 +85,12 @@ class DimLayout:
             gradient_scale=self.value_scale,
         )
 
+    def on(self, dim: int) -> DimLayout:
+        """The same cut, of a dim of another tensor: a per-channel weight, say."""
+        blocks = block_count(self.value) if self.value is not None else 1
+        moved = Shard(dim) if blocks == 1 else _StridedShard(dim, split_factor=blocks)
+        return replace(self, value=moved, gradient=moved, value_scale=1.0, gradient_scale=1.0)
+
     def whole_length(self, local_length: int) -> int:
         """Whole length of the sharded tensor dim, from this rank's local length."""
         if not is_sharded(self.value):
