@@ -12,10 +12,12 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DistributedDataParallel
 
 from flex_model.errors import LayoutError
+from flex_model.layouts import fsdp
 from flex_model.layouts.layout import block_count, is_sharded, shard_dim
+from flex_model.layouts.names import named_parameters
 from flex_model.layouts.sources import Site, Told
 
-__all__ = ["groups", "parameter", "placements_by_name", "shard_sizes", "tell"]
+__all__ = ["as_dtensor", "groups", "parameter", "placements_by_name", "shard_sizes", "tell"]
 
 
 def groups(root: nn.Module) -> Mapping[str, ProcessGroup]:
@@ -24,16 +26,45 @@ def groups(root: nn.Module) -> Mapping[str, ProcessGroup]:
     for module in root.modules():
         if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
             found["dp"] = module.process_group
-    for tensor in root.parameters():
-        if not isinstance(tensor, DTensor):
-            continue
-        mesh = tensor.device_mesh
-        for axis in range(mesh.ndim):
-            name = mesh.mesh_dim_names[axis] if mesh.mesh_dim_names else "tp"
-            name = name if name in ("pp", "dp", "tp") else "tp"
-            if mesh.size(axis) > 1 and (mesh.ndim > 1 or is_sharded(tensor.placements[axis])):
-                found.setdefault(name, mesh.get_group(axis))
+    data_parallel = {_ranks(group) for group in fsdp.parameter_groups(root)}
+    for _, parameter in named_parameters(root):
+        tensor = as_dtensor(parameter)
+        if isinstance(tensor, DTensor):
+            for name, group in _groups_of(tensor).items():
+                if _ranks(group) not in data_parallel:
+                    found.setdefault(name, group)
     return found
+
+
+def _groups_of(tensor: DTensor) -> dict[str, ProcessGroup]:
+    """The groups of several ranks that a parameter lies over, by mesh dim."""
+    mesh = tensor.device_mesh
+    found: dict[str, ProcessGroup] = {}
+    for axis in range(mesh.ndim):
+        name = mesh.mesh_dim_names[axis] if mesh.mesh_dim_names else "tp"
+        name = name if name in ("pp", "dp", "tp") else "tp"
+        if mesh.size(axis) > 1 and (mesh.ndim > 1 or is_sharded(tensor.placements[axis])):
+            found.setdefault(name, mesh.get_group(axis))
+    return found
+
+
+def as_dtensor(parameter: Tensor) -> Tensor:
+    """The DTensor that a plain parameter stands for, if it is one.
+
+    Before the first forward, DDP over tensor parallelism keeps a DTensor's shard as a plain
+    parameter and the rest as a note on it (see torch.distributed.tensor.parallel.ddp).
+    """
+    spec = getattr(parameter, "_st_info", None)
+    if spec is None:
+        return parameter
+    return DTensor.from_local(
+        parameter.detach(),
+        spec.mesh,
+        spec.placements,
+        run_check=False,
+        shape=spec.shape,
+        stride=spec.stride,
+    )
 
 
 def tell(site: Site) -> Told | None:
@@ -42,14 +73,20 @@ def tell(site: Site) -> Told | None:
 
 
 def parameter(root: nn.Module, name: str, tensor: Tensor) -> Placement | None:
-    """Nothing: a DTensor is read as one wherever it appears."""
-    return None
+    """A shard that DDP keeps of a DTensor; else nothing: DTensors are read as such."""
+    spec = getattr(tensor, "_st_info", None)
+    if spec is None and isinstance(tensor, DTensor) and not isinstance(tensor, nn.Parameter):
+        spec = tensor._spec
+    return spec.placements[0] if spec is not None and spec.mesh.ndim == 1 else None
 
 
 def placements_by_name(
     tensor: DTensor, names: Mapping[tuple[int, ...], str]
 ) -> dict[str, Placement]:
     """A DTensor's placements by our mesh dims.
+
+    Hybrid sharding lays parameters over parts of the data-parallel ranks; between forwards only, so
+    these count as nothing.
 
     Args:
         tensor: any DTensor.
@@ -63,7 +100,9 @@ def placements_by_name(
     for axis, placement in enumerate(tensor.placements):
         if mesh.size(axis) == 1:
             continue
-        ranks = tuple(dist.get_process_group_ranks(mesh.get_group(axis)))
+        ranks = _ranks(mesh.get_group(axis))
+        if any(name == "dp" and set(ranks) < set(dp_ranks) for dp_ranks, name in names.items()):
+            continue
         if ranks not in names:
             raise LayoutError(
                 f"A DTensor of shape {tuple(tensor.shape)} lies over ranks {ranks}, which are no "
@@ -83,3 +122,7 @@ def shard_sizes(tensor: DTensor, placement: Placement, size: int) -> tuple[int, 
         return None
     longest = -(-whole // size)
     return tuple(max(0, min(longest, whole - rank * longest)) for rank in range(size))
+
+
+def _ranks(group: ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))

@@ -34,22 +34,23 @@ def sharded(
     """This rank's part, over a mesh of (dp, tp)."""
     mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
     module = tiny_llama.filled()
-    parallelize = partial(_parallelize, module, mesh["tp"], sequence_parallel)
+    shard = partial(parallelize, module, mesh["tp"], sequence_parallel)
     if not hooks_first:
-        parallelize()
+        shard()
     tp_rank = mesh.get_local_rank("tp")
     yield Model(
         module,
         tiny_llama.logits,
         "tok_embeddings",
-        lambda: _weight_grads(module, mesh),
+        lambda: weight_grads(module, mesh["tp"], mesh["dp"]),
         dp_rank=mesh.get_local_rank("dp"),
         embedding_part=lambda x: x.chunk(tp, 1)[tp_rank] if sequence_parallel else x,
-        parallelize=parallelize if hooks_first else None,
+        parallelize=shard if hooks_first else None,
     )
 
 
-def _parallelize(module: TinyLlama, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def parallelize(module: TinyLlama, mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
+    """Shard a whole model over the tensor-parallel mesh."""
     parallelize_module(module, mesh, _plan(sequence_parallel))
     for layer, kv_heads in zip(module.layers, KV_HEADS, strict=True):
         if kv_heads == 1:
@@ -99,11 +100,16 @@ def _whole_input(inputs: int) -> ParallelStyle:
     )
 
 
-def _weight_grads(module: nn.Module, mesh: DeviceMesh) -> dict[str, Tensor]:
+def weight_grads(
+    module: nn.Module, tp: DeviceMesh, dp: DeviceMesh | None = None
+) -> dict[str, Tensor]:
+    """Whole gradients by name; their mean over the data-parallel mesh, if nothing else takes it."""
     for name, parameter in module.named_parameters():
         if name in SHARED and parameter.grad is not None:
-            dist.all_reduce(parameter.grad, group=mesh["tp"].get_group())
-    return gather_grads(module, {}, dp_group=mesh["dp"].get_group())
+            grad = parameter.grad
+            local = grad.to_local() if isinstance(grad, DTensor) else grad
+            dist.all_reduce(local, group=tp.get_group())
+    return gather_grads(module, {}, dp_group=dp.get_group() if dp else None)
 
 
 def _case(name: str, dp: int = 1, **options: bool) -> Case:
