@@ -6,7 +6,7 @@ import copy
 import weakref
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from typing import Any
 
@@ -30,10 +30,10 @@ from flex_model.distributed.mesh import (
     from_device_mesh,
     watched,
 )
-from flex_model.errors import ConfigurationError, LayoutError, RegistrationError
+from flex_model.errors import ConfigurationError, GroupError, LayoutError, RegistrationError
 from flex_model.layouts.experts import refused
 from flex_model.layouts.names import named_modules, named_parameters, plain_name
-from flex_model.layouts.resolve import Loss, groups_of
+from flex_model.layouts.resolve import ContextOrder, Loss, groups_of
 
 __all__ = ["FlexModel"]
 
@@ -58,13 +58,18 @@ class FlexModel(nn.Module):
         pipeline_parallel_size: pipeline stages.
         data_parallel_size: replicas that get different batches.
         process_group: the ranks that hold the model; None for all.
-        mesh: keyword only. A ``DeviceMesh`` with dims named out of "pp", "dp", "tp", in place of
-            the sizes.
+        context_parallel_size: keyword only. Ranks that hold parts of each sequence.
+        context_order: keyword only. "zigzag" if rank r of C holds chunks r and 2C-1-r of the
+            sequence's 2C, as Megatron cuts it; "contiguous" if it holds piece r of C.
+        mesh: keyword only. A ``DeviceMesh`` with dims named out of "pp", "dp", "cp", "tp", in place
+            of the sizes.
         keep: keyword only. Where records are kept: "first" (the model's first rank; the other
             ranks' dicts stay empty), "all", or one global rank.
-        data_parallel_loss: keyword only. "mean" if the ranks' losses are averaged, "sum" if added.
+        data_parallel_loss: keyword only. "mean" if the losses of data-parallel (and of
+            context-parallel) ranks are averaged, "sum" if added.
         seed: keyword only. Of random edits; the same on every rank.
         batch_dim: keyword only. Dim of the model's input tensors that data parallelism cuts.
+        sequence_dim: keyword only. The same for context parallelism.
         debug: keyword only. Check every edit: for NaNs, for replicas that differ, and for functions
             that declared to need less of the tensor than they do. Slow.
         patience: keyword only. Seconds that a rank may stand in a collective that is none of ours
@@ -93,26 +98,36 @@ class FlexModel(nn.Module):
         data_parallel_size: int = 1,
         process_group: ProcessGroup | None = None,
         *,
+        context_parallel_size: int = 1,
+        context_order: ContextOrder = "zigzag",
         mesh: DeviceMesh | None = None,
         keep: Keep = "first",
         data_parallel_loss: Loss = "mean",
         seed: int = 0,
         batch_dim: int = 0,
+        sequence_dim: int = 1,
         debug: bool = False,
         patience: float = 60.0,
         store: Store | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(module, output_ptr, data_parallel_loss)
+        _check_arguments(module, output_ptr, data_parallel_loss, context_order)
         sizes = {
             "pp": pipeline_parallel_size,
             "dp": data_parallel_size,
+            "cp": context_parallel_size,
             "tp": tensor_parallel_size,
         }
         ranks = watched(_mesh_of(module, sizes, process_group, mesh), store, patience)
+        if ranks.size("cp") > 1 and batch_dim == sequence_dim:
+            raise ConfigurationError(
+                f"batch_dim and sequence_dim are both {batch_dim}, but context parallelism cuts "
+                "the model's inputs along another dim than data parallelism. Give both."
+            )
         self._install(
             module, ranks, output_ptr, keep,
-            seed=seed, loss=data_parallel_loss, batch_dim=batch_dim, debug=debug,
+            seed=seed, loss=data_parallel_loss, batch_dim=batch_dim, sequence_dim=sequence_dim,
+            zigzag=context_order == "zigzag", debug=debug,
         )  # fmt: skip
 
     def _install(
@@ -236,10 +251,7 @@ class FlexModel(nn.Module):
             UnknownModuleError: nothing matches.
             RegistrationError: no such hook type.
         """
-        named = (
-            named_parameters(self.module) if hook_type == "tensor" else named_modules(self.module)
-        )
-        names = [name for name, _ in named]
+        names = self._session.stages.names(parameters=hook_type == "tensor")
         matching = [name for name in names if group_constructor in name]
         if not matching:
             raise unknown_name("module", group_constructor, names)
@@ -286,9 +298,31 @@ class FlexModel(nn.Module):
             >>> with model.hook_groups("steering"):
             ...     model.generate(**prompt)
         """
-        return self._session.only(self._groups.active(groups, complement))
+        try:
+            chosen = self._groups.active(groups, complement)
+        except GroupError as error:
+            raise self._session.failed("the choice of hook groups", error) from None
+        return self._session.only(chosen)
 
     # -- running ---------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one run of a pipeline's schedule, forward and backward. Collective.
+
+        At its end the records of every stage are where records are kept, in the order of the
+        microbatches; ``save_ctx`` holds what any stage stored, and the trainable modules' gradients
+        are summed over the stages, on every rank. Where the model is no pipeline it does nothing.
+
+        Examples:
+            >>> with model.step():
+            ...     schedule.step(inputs, target=labels)
+
+        Raises:
+            RankDisagreementError: the stages have other hooks registered.
+        """
+        with self._session.step(self._registry.kinds):
+            yield
 
     def forward(
         self,
@@ -439,11 +473,12 @@ class FlexModel(nn.Module):
         """A copy with a model, trainable modules and hooks of its own, on the same ranks."""
         hooks = self._registry.kinds
         groups = {hook: self._groups.groups_of(hook) for hook in hooks}
-        self.restore()
-        try:
-            module = copy.deepcopy(self.module, memo)
-        finally:
-            self._register_again(hooks, groups)
+        with self._session.between_hooks():
+            self.restore()
+            try:
+                module = copy.deepcopy(self.module, memo)
+            finally:
+                self._register_again(hooks, groups)
         other = type(self).__new__(type(self))
         nn.Module.__init__(other)
         records = copy.deepcopy(self.output_ptr, memo)
@@ -467,7 +502,7 @@ class FlexModel(nn.Module):
                 self._groups.extend(hook, group)
 
 
-def _check_arguments(module: Any, output_ptr: Any, loss: Any) -> None:
+def _check_arguments(module: Any, output_ptr: Any, loss: Any, order: Any) -> None:
     if not isinstance(module, nn.Module):
         raise ConfigurationError(f"FlexModel wraps an nn.Module, got {type(module).__name__}.")
     if not isinstance(output_ptr, dict):
@@ -476,6 +511,8 @@ def _check_arguments(module: Any, output_ptr: Any, loss: Any) -> None:
         )
     if loss not in ("mean", "sum"):
         raise ConfigurationError(f'data_parallel_loss must be "mean" or "sum", got {loss!r}.')
+    if order not in ("zigzag", "contiguous"):
+        raise ConfigurationError(f'context_order must be "zigzag" or "contiguous", got {order!r}.')
 
 
 def _mesh_of(
@@ -489,10 +526,4 @@ def _mesh_of(
             raise ConfigurationError("Give either a mesh, or sizes and a process_group, not both.")
         return from_device_mesh(mesh)
     adopted = groups_of(module) if dist.is_available() and dist.is_initialized() else {}
-    built = build_mesh(sizes, process_group, adopted, device_type_of(module))
-    if built.size("pp") > 1:
-        raise ConfigurationError(
-            "Pipeline-parallel models are not supported yet: hooks would see one stage's layers "
-            "only. Wrap each stage on its own process_group with the tp and dp sizes."
-        )
-    return built
+    return build_mesh(sizes, process_group, adopted, device_type_of(module))

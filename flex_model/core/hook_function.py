@@ -92,5 +92,9 @@ class HookFunction:
         """The editing function's name, for messages and statistics."""
         return getattr(self.editing_function, "__name__", None) or repr(self.editing_function)
 
+    def record_key(self, activations: str) -> str:
+        """Where its records go: statistics beside the activations, under their own names."""
+        return f"{activations}:{self.name}" if self.statistic is not None else activations
+
     def __repr__(self) -> str:
         return f"HookFunction({self.module_name!r}, editing_function={self.name})"

@@ -162,7 +162,7 @@ class HookPoint:
 
     def observe(self, module: nn.Module, args: Any, output: Any = None) -> None:
         """In forward, learn the layout of the tensor whose gradient this point will see."""
-        if not self._active():
+        if not self._active() or self._session.dry:
             return
         if self.key.kind == "full_backward_pre" and self._session.trace is not None:
             self._session.mark_output(self.key.name, module, output)
@@ -192,6 +192,8 @@ class HookPoint:
         self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool = False
     ) -> Tensor:
         """Capture and edit a tensor; a gradient (``transposed``) by its own placements."""
+        if self._session.dry:
+            return self._as_edited(tensor, active)
         self._session.visit(self.label)
         trace = self._session.trace
         if trace is None:
@@ -201,6 +203,13 @@ class HookPoint:
         if result is not tensor and not transposed:
             trace.mark(result, self._layouts.marks_of(self._layouts.of(tensor), result.ndim))
         return result
+
+    def _as_edited(self, tensor: Tensor, active: Sequence[HookFunction]) -> Tensor:
+        """In a call that only finds out shapes: what an edit may make of a tensor, and no more."""
+        trains = any(p.requires_grad for p in self._session.modules.parameters())
+        edits = any(hook.edit is not None for hook in active)
+        takes = tensor.is_floating_point() and not tensor.requires_grad
+        return tensor.detach().requires_grad_() if trains and edits and takes else tensor
 
     def _processed(
         self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool
@@ -215,9 +224,10 @@ class HookPoint:
             layout = self._memory.known(layout)
         edits = [hook.edit for hook in active if hook.edit is not None]
         recompute = not transposed and in_backward()
-        if not recompute:
+        records = not recompute and self._session.stages.records(self.key.name)
+        if records:
             self._take_statistics(local, layout, active)
-        recorded = not recompute and any(hook.recorded for hook in active)
+        recorded = records and any(hook.recorded for hook in active)
 
         def record(whole: Tensor | None) -> None:
             if recorded and whole is not None:
@@ -237,11 +247,7 @@ class HookPoint:
         for hook in active:
             if hook.statistic is not None:
                 found = self._editing.statistic(local, layout, hook.statistic)
-                self._session.records.store(self.key_of(hook), found)
-
-    def key_of(self, hook: HookFunction) -> str:
-        """Where a hook function's records go: statistics under their own names."""
-        return f"{self.record_key}:{hook.name}" if hook.statistic is not None else self.record_key
+                self._session.records.store(hook.record_key(self.record_key), found)
 
     def _missing(self, verb: str, tree: Any) -> LayoutError:
         kinds = [type(item).__name__ for item in (tree if isinstance(tree, tuple) else (tree,))]

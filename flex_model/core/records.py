@@ -24,6 +24,9 @@ class Records:
         keep: which ranks hold the records: the model's first rank, all, or one global rank.
         mesh: the job's ranks.
 
+    Attributes:
+        pending: what a pipeline stage has captured in this step; None where there is but one.
+
     Raises:
         ConfigurationError: ``keep`` is none of these, or a rank without this model.
     """
@@ -36,14 +39,19 @@ class Records:
                 f'keep={keep!r} is none of "first", "all" and the model\'s ranks {mesh.ranks}.'
             )
         self.output_ptr = output_ptr
-        self._keep = keep
+        self.keep = keep
+        self.pending: list[tuple[str, Tensor]] | None = [] if mesh.size("pp") > 1 else None
         self._mesh = mesh
-        self._here = keep == "all" or keep == mesh.rank
+        self._here = keep == "all" or all(
+            mesh.coordinate(name) == mesh.coordinate_of(keep, name)
+            for name in mesh.names
+            if name != "pp"  # each stage's counterpart collects, and hands over when a step ends
+        )
 
     def store(self, key: str, whole: Tensor) -> None:
         """Record a tensor that is whole on this rank already."""
         if self._here:
-            self._append(key, whole.detach().to("cpu", copy=True))
+            self._note(key, whole.detach().to("cpu", copy=True))
 
     def collect(self, key: str, local: Tensor, layout: ActivationLayout) -> None:
         """Make a tensor whole where records are kept, and only there, and record it."""
@@ -51,12 +59,19 @@ class Records:
             self.store(key, local)
             return
         local = local.detach()
-        if self._keep == "all":
+        if self.keep == "all":
             whole: Tensor | None = assemble(local, layout, self._mesh)
         else:
-            whole = assemble_on(local, layout, self._mesh, int(self._keep))
+            whole = assemble_on(local, layout, self._mesh, int(self.keep))
         if whole is not None:
-            self._append(key, whole.to("cpu"))
+            self._note(key, whole.to("cpu"))
 
-    def _append(self, key: str, whole: Tensor) -> None:
+    def append(self, key: str, whole: Tensor) -> None:
+        """Hand a record to the caller."""
         self.output_ptr.setdefault(key, []).append(whole)
+
+    def _note(self, key: str, whole: Tensor) -> None:
+        if self.pending is None:
+            self.append(key, whole)
+        else:
+            self.pending.append((key, whole))

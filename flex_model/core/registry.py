@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flex_model.core.hook_function import HookFunction
 from flex_model.core.hook_point import HookPoint, Kind, PointKey
+from flex_model.core.parameters import unhookable
 from flex_model.core.session import Session
 from flex_model.errors import RegistrationError, UnknownModuleError
 from flex_model.layouts.experts import refused
@@ -37,6 +38,7 @@ class HookRegistry:
         self._root = root
         self._session = session
         self._points: dict[PointKey, HookPoint] = {}
+        self._record_keys: dict[PointKey, str] = {}
         self._kinds: dict[HookFunction, Kind] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -61,8 +63,8 @@ class HookRegistry:
             raise RegistrationError(
                 f"{hook!r} is registered already. Make another HookFunction for another place."
             )
-        self._target(hook.module_name, kind)
-        name = plain_name(hook.module_name)
+        self._check_target(hook.module_name, kind)
+        name = plain_name(hook.module_name, self._root)
         why = refused(self._root, name, self._session.sizes, parameter=kind == "tensor")
         if why is not None:
             raise RegistrationError(
@@ -70,25 +72,35 @@ class HookRegistry:
             )
 
     def register(self, hook: HookFunction, kind: Kind) -> None:
-        """Let a hook function visit its module (or parameter). Raises as `check` does."""
+        """Let a hook function visit its module (or parameter). Raises as `check` does.
+
+        Where another pipeline stage holds the module, only its place is noted.
+        """
         self.check(hook, kind)
-        key = _key_of(hook, kind)
-        point = self._points.get(key)
-        if point is None:
-            module, tensor = self._target(hook.module_name, kind)
-            point = HookPoint(key, module, self._session, self._record_key_for(hook, kind))
-            point.add(hook)
-            self._attach(point, module, tensor)
-            self._points[key] = point
-            self._session.points.append(point)
-        else:
-            point.add(hook)
+        key = self._key_of(hook, kind)
+        if key not in self._record_keys:
+            self._record_keys[key] = self._record_key_for(hook, kind)
+        target = self._target(hook.module_name, kind)
+        if target is not None:
+            self._visit_from(key, hook, *target)
         self._kinds[hook] = kind
         self._session.attach()
 
+    def _visit_from(
+        self, key: PointKey, hook: HookFunction, module: nn.Module, tensor: Tensor | None
+    ) -> None:
+        if key in self._points:
+            self._points[key].add(hook)
+            return
+        point = HookPoint(key, module, self._session, self._record_keys[key])
+        point.add(hook)
+        self._attach(point, module, tensor)
+        self._points[key] = point
+        self._session.points.append(point)
+
     def record_key(self, hook: HookFunction) -> str:
         """Where a registered hook function's records are found."""
-        return self._points[_key_of(hook, self._kinds[hook])].key_of(hook)
+        return hook.record_key(self._record_keys[self._key_of(hook, self._kinds[hook])])
 
     def clear(self) -> None:
         """Take every hook off: the model is as it was before the first was registered."""
@@ -96,25 +108,36 @@ class HookRegistry:
         while self._undo:
             self._undo.pop()()
         self._points.clear()
+        self._record_keys.clear()
         self._kinds.clear()
         self._session.points.clear()
 
-    def _target(self, name: str, kind: Kind) -> tuple[nn.Module, Tensor | None]:
-        """The module to hook, and for a parameter the tensor."""
-        name = plain_name(name)
+    def _key_of(self, hook: HookFunction, kind: Kind) -> PointKey:
+        return PointKey(plain_name(hook.module_name, self._root), kind, hook.unpack_idx)
+
+    def _check_target(self, name: str, kind: Kind) -> None:
+        name, stages = plain_name(name, self._root), self._session.stages
+        is_parameter = kind == "tensor"
+        if not stages.holding(name, parameter=is_parameter):
+            names = stages.names(parameters=is_parameter)
+            raise unknown_name("parameter" if is_parameter else "module", name, names)
+        if not is_parameter:
+            stages.check_whole(name)
+            return
+        parameter = dict(named_parameters(self._root)).get(name)
+        reason = None if parameter is None else unhookable(self._root, name, parameter)
+        if reason is not None:
+            raise RegistrationError(f"Parameter {name} {reason}.")
+
+    def _target(self, name: str, kind: Kind) -> tuple[nn.Module, Tensor | None] | None:
+        """The module to hook, and for a parameter the tensor; None where another stage has it."""
+        name = plain_name(name, self._root)
         modules = dict(named_modules(self._root))
         if kind == "tensor":
-            parameters = dict(named_parameters(self._root))
-            if name not in parameters:
-                raise unknown_name("parameter", name, parameters)
-            if not parameters[name].requires_grad:
-                raise RegistrationError(
-                    f"Parameter {name} has requires_grad=False: it never gets a gradient."
-                )
-            return modules[name.rpartition(".")[0]], parameters[name]
-        if name not in modules:
-            raise unknown_name("module", name, modules)
-        return modules[name], None
+            parameter = dict(named_parameters(self._root)).get(name)
+            owner = modules.get(name.rpartition(".")[0])
+            return None if parameter is None or owner is None else (owner, parameter)
+        return (modules[name], None) if name in modules else None
 
     def _attach(self, point: HookPoint, module: nn.Module, tensor: Tensor | None) -> None:
         handles: list[Any] = []
@@ -142,7 +165,7 @@ class HookRegistry:
         self._undo.extend(handle.remove for handle in handles)
 
     def _record_key_for(self, hook: HookFunction, kind: Kind) -> str:
-        taken = {point.record_key for point in self._points.values()}
+        taken = self._record_keys.values()
         if hook.module_name not in taken:
             return hook.module_name
         return f"{hook.module_name}:{kind}" + (f"[{hook.unpack_idx}]" if hook.unpack_idx else "")
@@ -167,10 +190,6 @@ class _Last:
 
     def remove(self) -> None:
         self._handle.remove()
-
-
-def _key_of(hook: HookFunction, kind: Kind) -> PointKey:
-    return PointKey(plain_name(hook.module_name), kind, hook.unpack_idx)
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownModuleError:

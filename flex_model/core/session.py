@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flex_model.core.hook_function import HookFunction
+from flex_model.core.pipeline import Pipeline, is_dry_call
 from flex_model.core.randomness import in_backward
 from flex_model.core.records import Records
+from flex_model.core.stages import Stages
 from flex_model.core.unpacking import tensors_in
-from flex_model.distributed.agreement import StepFacts, agree, word_for
+from flex_model.distributed.agreement import StepFacts, agree, agree_on_hooks, word_for
+from flex_model.distributed.line import Line
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.distributed.sharing import SharedModules
 from flex_model.distributed.watch import Watch
@@ -26,6 +30,7 @@ from flex_model.errors import LayoutError
 from flex_model.layouts.dtensor import placements_by_name
 from flex_model.layouts.experts import boundaries, shares_experts
 from flex_model.layouts.marks import FOREIGN, UNKNOWN, WHOLE, Cut, Mark, from_placement
+from flex_model.layouts.megatron import handed_over
 from flex_model.layouts.names import named_modules, named_parameters
 from flex_model.layouts.resolve import Loss, parameter_placement, tell
 from flex_model.layouts.sources import Site
@@ -60,12 +65,19 @@ class Session:
         save_ctx: the users' namespace, handed to editing functions.
         modules: the trainable modules, handed to editing functions.
         shared: the same, for editing functions that work on shards.
+        stages: which pipeline stage holds which module.
+        pipeline: this stage's steps, if there are several stages.
+        dry: whether the call under way only finds out shapes.
         debug: whether every edit is checked, at the price of time and traffic.
         seed: of the random streams.
-        loss: how the losses of data-parallel ranks combine.
+        loss: how the losses of data- and context-parallel ranks combine.
         batch_dim: dim of the model's inputs along which dp cuts.
+        sequence_dim: the same for cp.
+        zigzag: whether context-parallel ranks hold the sequence in zig-zag order.
         active: hook functions switched on; None means all.
         batch_sizes: batch of every data-parallel rank in this forward.
+        batch: this rank's batch in this forward.
+        positions: how much of the sequence this rank holds in this forward, over cp.
         trace: marks of this forward's tensors, if it is watched.
     """
 
@@ -78,31 +90,42 @@ class Session:
         seed: int,
         loss: Loss,
         batch_dim: int,
+        sequence_dim: int = 1,
+        zigzag: bool = True,
         debug: bool = False,
     ) -> None:
         self.root = root
         self.mesh = mesh
-        self.sizes = {name: mesh.size(name) for name in mesh.names}
-        self.dim_names = {_ranks_of(mesh, name): name for name in mesh.names}
+        # No activation lies over the stages of a pipeline: each has its own.
+        self.sizes = {name: mesh.size(name) for name in mesh.names if name != "pp"}
+        self.dim_names = {_ranks_of(mesh, name): name for name in self.sizes}
         self.records = records
         self.save_ctx = Namespace()
         self.modules = nn.ModuleDict()
         self.shared = SharedModules(self.modules, mesh)
         self.debug = debug
+        self.stages = Stages(root, mesh)
+        self.pipeline = _pipeline_of(mesh, records, self.save_ctx, self.modules)
+        self.dry = False
         self.seed = seed
         self.loss: Loss = loss
         self.batch_dim = batch_dim
+        self.sequence_dim = sequence_dim
+        self.zigzag = zigzag
         self.points: list[Point] = []
         self.active: frozenset[HookFunction] | None = None
         self.batch_sizes: tuple[int, ...] = ()
+        self.batch = 0
+        self.positions = 0
         self.trace: LayoutTrace | None = None
         self._depth = 0
         self._visits = 0
+        self._handled: BaseException | None = None
         self._described: set[tuple[int, int]] = set()
         self._handles: list[Any] = []
         self._layer_handles: list[Any] = []
         self._entered: dict[str, tuple[torch.Size, dict[str, Mark]]] = {}
-        self._shares_experts = shares_experts(root)
+        self._shares_experts = False
 
     def is_active(self, hook: HookFunction) -> bool:
         """Whether a hook function runs in this forward."""
@@ -121,7 +144,7 @@ class Session:
         """Follow the root's forwards, however they are started (``generate`` too)."""
         if self.mesh.watch is None:
             return
-        self.mesh.watch.attached(True)
+        self.mesh.watch.attached(self, True)
         if self._handles:  # hooks on the root itself belong before its end
             self._handles.pop().remove()
         else:
@@ -136,7 +159,19 @@ class Session:
         self._handles = []
         self.close()
         if self.mesh.watch is not None:
-            self.mesh.watch.attached(False)
+            self.mesh.watch.attached(self, False)
+
+    @contextmanager
+    def between_hooks(self) -> Iterator[None]:
+        """Hooks are off for a moment only: the other ranks need not make anything of it."""
+        watch, token = self.mesh.watch, object()
+        if watch is not None:
+            watch.attached(token, True)
+        try:
+            yield
+        finally:
+            if watch is not None:
+                watch.attached(token, False)
 
     def close(self) -> None:
         """End the forward that is under way, whatever interrupted it."""
@@ -157,14 +192,35 @@ class Session:
             return dict.fromkeys(self.sizes, UNKNOWN)  # experts may lie over ranks of their own
         return {name: from_placement(p, tensor.ndim) for name, p in placements.items()}
 
+    @contextmanager
+    def step(self, hooks: Mapping[HookFunction, str]) -> Iterator[None]:
+        """One run of a pipeline's schedule, in which every stage has the same hooks."""
+        if self.pipeline is None or self.mesh.assembly is None:
+            yield
+            return
+        labels = [f"{hook.module_name} {kind} {hook.unpack_idx}" for hook, kind in hooks.items()]
+        agree_on_hooks(self.mesh.assembly, self.mesh, labels)
+        edits = any(hook.edit is not None for hook in hooks)
+        with self.pipeline.step(passes_on=edits):
+            yield
+
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._depth += 1
         if self._depth > 1 or in_backward():
             return
+        self._handled = sys.exc_info()[1]
+        if self.pipeline is not None:
+            self.dry = is_dry_call()
+            if self.dry:
+                return
+            self.pipeline.begin_microbatch()
         self.shared.begin_forward()
         active = [p for p in self.points if any(self.is_active(h) for h in p.hooks)]
         inputs = list(tensors_in((args, kwargs)))
         self._agree(active, inputs)
+        first = _batched(inputs) if active and inputs else None
+        self.batch = _length(first, self.batch_dim)
+        self.positions = self._positions_in(first)
         unknown = [point for point in active if point.needs_trace()]
         for point in unknown:
             if point.before_trace is not None:
@@ -174,10 +230,26 @@ class Session:
             plain = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._watch(inputs, {id(tensor) for tensor in plain})
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._depth = max(0, self._depth - 1)
-        if self._depth == 0:
-            self.close()
+        if self._depth > 0 or in_backward():
+            return None
+        self.close()
+        self._tell_of_failure()
+        if self.pipeline is None or self.dry or output is None:  # None after a failure
+            return None
+        self.pipeline.end_microbatch()
+        # Megatron frees what a stage has sent, which torch allows of no view.
+        return tree_map_only(Tensor, lambda t: t.clone() if t._base is not None else t, output)
+
+    def _tell_of_failure(self) -> None:
+        """A forward that ``generate`` began ends past FlexModel's own: here it can only be told."""
+        error = sys.exc_info()[1]  # of the caller, if it handles one just now, or of this forward
+        if isinstance(error, Exception) and error is not self._handled:
+            told = self.failed("the model's forward", error)
+            if told is not error and hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"{type(told).__name__}: {told}")
+        self._handled = None
 
     def visit(self, label: str) -> None:
         """Note that a hook point is visited: the ranks compare the order they came by."""
@@ -221,10 +293,9 @@ class Session:
 
     def _watch(self, inputs: list[Tensor], plain: set[int]) -> None:
         """Enter a trace whose starting marks are the model's parameters and inputs."""
-        groups = {name: self.mesh.group(name) for name in self.mesh.names}
-        first = _batched(inputs) if inputs else None
-        has_batch = first is not None and first.ndim > self.batch_dim
-        batch = first.shape[self.batch_dim] if first is not None and has_batch else 0
+        self._shares_experts = shares_experts(self.root)
+        groups = {name: self.mesh.group(name) for name in self.sizes}
+        first, batch = _batched(inputs) if inputs else None, self.batch
         trace = LayoutTrace(groups, self.dtensor_marks, batch=batch)
         names = {id(p): n for n, p in named_parameters(self.root)}
         trace.mark_parameters(
@@ -233,6 +304,8 @@ class Session:
         for tensor in inputs:
             is_plain = id(tensor) in plain or tensor is first
             trace.mark(tensor, self._input_marks(tensor, tensor is first, batch, is_plain))
+        for tensor, placements in handed_over(self.root):
+            trace.mark(tensor, {n: from_placement(p, tensor.ndim) for n, p in placements.items()})
         self.trace = trace
         self._watch_layers(trace)
         trace.start()
@@ -242,14 +315,46 @@ class Session:
         return {"tp": from_placement(placement, tensor.ndim)} if placement else {}
 
     def _input_marks(self, tensor: Tensor, first: bool, batch: int, plain: bool) -> dict[str, Mark]:
-        """Batch over dp; whole over tp, but for what an earlier forward left (a cache)."""
+        """Batch over dp, sequence over cp; whole over tp, but for what an earlier forward left."""
         at = self.batch_dim
-        marks: dict[str, Mark] = {"tp": WHOLE if plain else FOREIGN}
+        otherwise = WHOLE if plain else FOREIGN  # a cache
         fits = tensor.ndim > at and tensor.shape[at] == batch
         # A lone dim as long as the batch may as well be positions: it fits whatever it meets.
         positions = tensor.ndim == 1 and not first
-        marks["dp"] = WHOLE if not fits else FOREIGN if positions else Cut(at)
-        return marks
+        by_batch = WHOLE if not fits else FOREIGN if positions else Cut(at)
+        by_sequence = self._sequence_mark(tensor, first, by_batch, otherwise)
+        return {"tp": otherwise, "dp": by_batch, "cp": by_sequence}
+
+    def _sequence_mark(self, tensor: Tensor, first: bool, by_batch: Mark, otherwise: Mark) -> Mark:
+        """The dim as long as this rank's part of the sequence; FOREIGN where several may be."""
+        fitting = [
+            dim
+            for dim, length in enumerate(tensor.shape)
+            if length == self.positions and by_batch != Cut(dim)
+        ]
+        if first and self.sequence_dim in fitting:
+            return Cut(self.sequence_dim)
+        if not fitting:
+            return otherwise
+        return Cut(fitting[0]) if len(fitting) == 1 and by_batch is not FOREIGN else FOREIGN
+
+    def _positions_in(self, first: Tensor | None) -> int:
+        """How much of the sequence this rank holds, from the input that tells the batch.
+
+        Raises:
+            LayoutError: it is no whole number of chunks.
+        """
+        ranks = self.sizes.get("cp", 1)
+        length = _length(first, self.sequence_dim) if ranks > 1 else 0
+        if first is not None and self.zigzag and length % 2:
+            raise LayoutError(
+                f"Rank {self.mesh.rank} was given {length} entries along dim {self.sequence_dim} "
+                f"of an input {tuple(first.shape)}, but in zig-zag order each of the {ranks} "
+                "context-parallel ranks holds two chunks of one length. Pad the whole sequence to "
+                f'a multiple of {2 * ranks}, pass context_order="contiguous" if each rank holds '
+                "one piece of it, or name the dim of the sequence by sequence_dim."
+            )
+        return length
 
     def _watch_layers(self, trace: LayoutTrace) -> None:
         """Let the frameworks' word stand over what was followed through a layer's inside."""
@@ -292,6 +397,18 @@ class Session:
             handle.remove()
         self._layer_handles = []
         self._entered = {}
+
+
+def _pipeline_of(
+    mesh: ParallelMesh, records: Records, save_ctx: Namespace, modules: nn.ModuleDict
+) -> Pipeline | None:
+    if mesh.size("pp") == 1 or mesh.assembly is None:
+        return None
+    return Pipeline(Line(mesh, mesh.assembly), records, save_ctx, modules)
+
+
+def _length(tensor: Tensor | None, dim: int) -> int:
+    return tensor.shape[dim] if tensor is not None and tensor.ndim > dim else 0
 
 
 def _batched(inputs: list[Tensor]) -> Tensor:

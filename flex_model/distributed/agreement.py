@@ -8,6 +8,7 @@ stays away; the ranks that wait for it see on the board that it does.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from flex_model.distributed.mesh import ParallelMesh
 from flex_model.errors import RankDisagreementError
 from flex_model.layouts.marks import FOREIGN, TERM, UNKNOWN, WHOLE, Cut, Mark, OneOf, one_of
 
-__all__ = ["StepFacts", "agree", "agree_on_length", "agree_on_marks", "word_for"]
+__all__ = ["StepFacts", "agree", "agree_on_hooks", "agree_on_length", "agree_on_marks", "word_for"]
 
 _MAX_DIMS = 8
 _MAX_CUTS = 8
@@ -87,6 +88,19 @@ def agree(control: ControlGroup, mesh: ParallelMesh, facts: StepFacts) -> tuple[
     return tuple(all_facts[rank].input_shape[facts.batch_dim] for rank in members)
 
 
+def agree_on_hooks(group: ControlGroup, mesh: ParallelMesh, labels: Sequence[str]) -> None:
+    """Compare the hooks that are registered, over all stages of a pipeline.
+
+    Raises:
+        RankDisagreementError: alike on every rank, naming the hooks.
+    """
+    own = (len(labels), zlib.crc32("\n".join(labels).encode()))
+    if mesh.watch is not None:
+        mesh.watch.where = "the start of a pipeline's step"
+        mesh.watch.board.describe(word_for(own), labels)
+    _check_hooks(mesh, {rank: (row[0], row[1]) for rank, row in group.exchange(own).items()})
+
+
 def agree_on_marks(
     mesh: ParallelMesh, marks: Mapping[str, Mark], device: torch.device
 ) -> dict[str, Mark]:
@@ -134,18 +148,22 @@ def _decoded(row: Sequence[int]) -> Mark:
     return one_of(Cut(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
 
 
+def _check_hooks(mesh: ParallelMesh, hooks: Mapping[int, tuple[int, int]]) -> None:
+    if len(set(hooks.values())) > 1 and mesh.watch is not None:
+        words = {rank: word_for(own) for rank, own in hooks.items()}
+        raise RankDisagreementError(
+            f"Ranks disagree on which hooks are active: {difference(mesh.watch.board, words)}. "
+            "Register the same hooks in the same order, with the same groups, on every rank."
+        )
+
+
 def _check(mesh: ParallelMesh, all_facts: Mapping[int, StepFacts]) -> None:
     def refuse(what: str, values: Mapping[int, object], way_out: str) -> None:
         if len(set(values.values())) > 1:
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
             raise RankDisagreementError(f"Ranks disagree on {what}: {listed}. {way_out}")
 
-    hooks = {rank: word_for(facts.hooks) for rank, facts in all_facts.items()}
-    if len(set(hooks.values())) > 1 and mesh.watch is not None:
-        raise RankDisagreementError(
-            f"Ranks disagree on which hooks are active: {difference(mesh.watch.board, hooks)}. "
-            "Register the same hooks in the same order, with the same groups, on every rank."
-        )
+    _check_hooks(mesh, {rank: facts.hooks for rank, facts in all_facts.items()})
     refuse(
         "the number of forwards so far",
         {rank: facts.step for rank, facts in all_facts.items()},

@@ -6,7 +6,7 @@ parallel regions. Layers return ``(output, bias)``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,18 +14,19 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from flex_model.layouts.names import module_at
+from flex_model.layouts.names import module_at, named_modules
 from flex_model.layouts.parallel_linear import WHOLE, sharded, tell_column, tell_row
-from flex_model.layouts.sources import Site, Told, loaded, spread
+from flex_model.layouts.sources import Dispatch, Site, Told, loaded, spread
 
-__all__ = ["groups", "parameter", "tell"]
+__all__ = ["dispatches", "groups", "handed_over", "parameter", "tell"]
 
+_EXPERTS = "megatron.core.transformer.moe.moe_layer"
 _LAYERS = "megatron.core.tensor_parallel.layers"
 _STATE = "megatron.core.parallel_state"
 
 
 def groups(root: nn.Module) -> Mapping[str, ProcessGroup]:
-    """Megatron's tensor, data and pipeline groups, if the model has any of its layers."""
+    """Megatron's tensor, context, data and pipeline groups, if the model has its layers."""
     state = loaded(_STATE)
     if state is None or not state.model_parallel_is_initialized():
         return {}
@@ -33,10 +34,20 @@ def groups(root: nn.Module) -> Mapping[str, ProcessGroup]:
         return {}
     found = {
         "tp": state.get_tensor_model_parallel_group(),
+        "cp": state.get_context_parallel_group(check_initialized=False),
         "dp": state.get_data_parallel_group(),
         "pp": state.get_pipeline_model_parallel_group(),
     }
     return spread(found)
+
+
+def handed_over(root: nn.Module) -> Iterator[tuple[Tensor, Mapping[str, Placement]]]:
+    """What the stage before handed over beside the arguments: ``[sequence, batch, hidden]``."""
+    blocks = loaded("megatron.core.transformer.transformer_block")
+    for module in root.modules() if blocks is not None else ():
+        if isinstance(module, blocks.TransformerBlock) and isinstance(module.input_tensor, Tensor):
+            over_tp = Shard(0) if module.config.sequence_parallel else Replicate()
+            yield module.input_tensor, {"tp": over_tp, "cp": Shard(0), "dp": Shard(1)}
 
 
 def tell(site: Site) -> Told | None:
@@ -61,6 +72,23 @@ def parameter(root: nn.Module, name: str, tensor: Tensor) -> Placement | None:
     owner = name.rpartition(".")[0]
     dim: int = tensor.partition_dim  # type: ignore[attr-defined]
     return _StridedShard(dim, split_factor=2) if _is_gated(root, owner) and dim == 0 else Shard(dim)
+
+
+def dispatches(root: nn.Module) -> Iterator[Dispatch]:
+    """Layers of experts; the router and the shared experts see tokens before they are sent."""
+    moe = loaded(_EXPERTS)
+    if moe is None:
+        return
+    for name, module in named_modules(root):
+        if isinstance(module, moe.MoELayer):
+            path = f"{name}." if name else ""
+            yield Dispatch(
+                boundary=name,
+                experts=f"{path}experts",
+                ranks=module.ep_group.size() if module.ep_group is not None else 1,
+                numbered_anew=True,
+                instead=f"{path}router (its scores) or {name or 'the layer'} (what comes back)",
+            )
 
 
 def _tell_column(site: Site) -> Told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -82,8 +83,10 @@ def step_under_flex_model(
     hooked = FlexModel(
         model.module,
         records,
-        tensor_parallel_size=dist.get_world_size() // replicas,
+        tensor_parallel_size=dist.get_world_size() // (model.stages * replicas * model.cp),
+        pipeline_parallel_size=model.stages,
         data_parallel_size=replicas,
+        context_parallel_size=model.cp,
         seed=_SEED,
     )
     with hooked:
@@ -91,7 +94,8 @@ def step_under_flex_model(
         getattr(hooked, f"register_{run.kind}_hook")(hook)
         if model.parallelize is not None:
             model.parallelize()
-        outcome = take_step(case, model, hooked, replicas)
+        around = hooked.step() if model.schedule is not None else nullcontext()
+        outcome = take_step(case, model, hooked, replicas, around)
     return outcome.note_hook(records.get(site.name, []), probe)
 
 

@@ -1,16 +1,18 @@
-"""One forward and backward of a case, and what is compared of it."""
+"""One step of a case, forwards and backwards of its microbatches, and what is compared of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flex_model.testing.case import Case, Model
+from flex_model.testing.case import Case, Microbatch, Model, Schedule
 from flex_model.testing.compare import relative_error
 
 __all__ = ["Outcome", "differences", "take_step"]
@@ -18,18 +20,18 @@ __all__ = ["Outcome", "differences", "take_step"]
 
 @dataclass
 class Outcome:
-    """What one step left behind.
+    """What one step left behind on this rank.
 
     Attributes:
-        logits: the model's output.
-        input_grad: the gradient at the embedding's output.
-        weight_grads: whole gradients of the model's parameters, by name.
+        logits: the model's output for each microbatch, on the last stage.
+        input_grads: the gradient at the embedding's output for each microbatch, on the first stage.
+        weight_grads: whole gradients of this stage's parameters, by name.
         records: what the hook saw, one tensor per call.
         probe_grads: gradients of the edit's trainable module, by name.
     """
 
-    logits: Tensor
-    input_grad: Tensor
+    logits: list[Tensor]
+    input_grads: list[Tensor]
     weight_grads: Mapping[str, Tensor]
     records: list[Tensor] = field(default_factory=list)
     probe_grads: dict[str, Tensor] = field(default_factory=dict)
@@ -42,29 +44,69 @@ class Outcome:
         return self
 
 
-def take_step(case: Case, model: Model, call: Any, replicas: int) -> Outcome:
-    """Forward, mean loss over the replicas' parts of the batch, backward.
+def take_step(
+    case: Case,
+    model: Model,
+    called: Any,
+    replicas: int,
+    around: AbstractContextManager[Any] | None = None,
+) -> Outcome:
+    """Forward, mean loss over the replicas' parts of the batch and over microbatches, backward.
 
     Args:
         case: tells the batch.
         model: the model on this rank.
-        call: what is called in its place: the module, or its FlexModel.
+        called: what is called in its place: the module, or its FlexModel.
         replicas: into how many parts the batch is cut over ranks; 1 where one process takes all.
+        around: entered for the forwards and backwards.
     """
-    tokens = case.data.tokens(case.dp).chunk(replicas)[model.dp_rank]
+    parts = [tokens.chunk(replicas)[model.dp_rank] for tokens in case.data.tokens(case.dp)]
+    microbatches = [Microbatch(tokens[:, :-1], tokens[:, 1:]) for tokens in parts]
+    run = model.schedule or _one_after_the_other(model.logits)
     model.module.zero_grad()
+    with _embedded(model) as embedded, around or nullcontext():
+        logits = run(called, microbatches, partial(_mean_loss, parts=case.dp // replicas))
+    # A schedule may call the model once more, to learn shapes: no gradient is left there.
+    input_grads = [output.grad for output in embedded if output.grad is not None]
+    if len(input_grads) != (len(microbatches) if model.is_first else 0):
+        raise RuntimeError(f"{len(input_grads)} gradients reached the embedding of {case.name}")
+    return Outcome([output.detach() for output in logits], input_grads, model.weight_grads())
+
+
+def _one_after_the_other(logits: Callable[[Any, Tensor], Tensor]) -> Schedule:
+    """The schedule of models that are no pipeline: each microbatch forward and at once backward."""
+
+    def run(
+        called: Any,
+        microbatches: Sequence[Microbatch],
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> list[Tensor]:
+        outputs = []
+        for ids, labels in microbatches:
+            outputs.append(logits(called, ids))
+            (loss(outputs[-1], labels) / len(microbatches)).backward()
+        return outputs
+
+    return run
+
+
+@contextmanager
+def _embedded(model: Model) -> Iterator[list[Tensor]]:
+    """Collects what the embedding returns while inside, each to keep its gradient."""
     embedded: list[Tensor] = []
-    embedding = model.module.get_submodule(model.embedding)
-    handle = embedding.register_forward_hook(lambda module, args, out: embedded.append(out))
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.retain_grad()
+        embedded.append(output)
+
+    if not model.is_first:
+        yield embedded
+        return
+    handle = model.module.get_submodule(model.embedding).register_forward_hook(keep)
     try:
-        logits = model.logits(call, tokens[:, :-1])
+        yield embedded
     finally:
         handle.remove()
-    embedded[0].retain_grad()
-    _mean_loss(logits, tokens[:, 1:], case.dp // replicas).backward()
-    if embedded[0].grad is None:
-        raise RuntimeError(f"no gradient reached the embedding of {case.name}")
-    return Outcome(logits.detach(), embedded[0].grad, model.weight_grads())
 
 
 def _mean_loss(logits: Tensor, labels: Tensor, parts: int) -> Tensor:
@@ -81,23 +123,44 @@ def differences(
 ) -> dict[str, tuple[float, str]]:
     """How far a rank's step lies from one process: relative error and worst tensor, by quantity.
 
-    The rank's own logits and input gradient are its part of the batch. The one process took the
-    mean over replicas, so the rank's input gradient is that many times the other's. Records are due
-    on the first rank alone.
+    The rank's own logits and input gradients are its part of the batch. The one process took the
+    mean over replicas, so the rank's input gradients are that many times the other's. What lies on
+    one stage is due there and on no other; the gradients of the model's parameters are
+    looked at over all stages, those of trainable modules are due whole on every rank.
+    Records are due on the first rank alone.
     """
+    if model.stages != case.pp:
+        raise RuntimeError(f"{case.name} has {case.pp} stages, its model was given {model.stages}")
     dp, at = case.dp, model.dp_rank
-    due_grad = expected.input_grad.chunk(dp, model.embedding_batch_dim)[at] * dp
+    logits = [whole.chunk(dp)[at] for whole in expected.logits] if model.is_last else []
+    input_grads = [
+        model.embedding_part(whole.chunk(dp, model.embedding_batch_dim)[at] * dp)
+        for whole in (expected.input_grads if model.is_first else [])
+    ]
     records = expected.records if dist.get_rank() == 0 else []
     return {
-        "output": (relative_error(actual.logits, expected.logits.chunk(dp)[at]), ""),
-        "input grad": (relative_error(actual.input_grad, model.embedding_part(due_grad)), ""),
-        "weight grad": _worst(actual.weight_grads, expected.weight_grads),
+        "output": _worst(_numbered(actual.logits), _numbered(logits)),
+        "input grad": _worst(_numbered(actual.input_grads), _numbered(input_grads)),
+        "weight grad": _worst(_over_stages(model, actual.weight_grads), expected.weight_grads),
         "trainable grad": _worst(actual.probe_grads, expected.probe_grads),
         "record": _worst(_numbered(actual.records), _numbered(records)),
     }
 
 
-def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
+def _over_stages(model: Model, grads: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The gradients of all stages, by name: the sum where a module is on several of them."""
+    if model.pp_group is None:
+        return grads
+    by_stage: list[Any] = [None] * model.stages
+    dist.all_gather_object(by_stage, dict(grads), group=model.pp_group)
+    total: dict[str, Tensor] = {}
+    for of_stage in by_stage:
+        for name, grad in of_stage.items():
+            total[name] = total[name] + grad if name in total else grad
+    return total
+
+
+def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"call {number}": tensor for number, tensor in enumerate(tensors)}
 
 

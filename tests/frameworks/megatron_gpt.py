@@ -7,6 +7,7 @@ LayerNorm with the mark that Megatron's gradient reduction looks for takes its p
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,6 @@ from flex_model.testing.case import Case, Model, Site, only
 from frameworks.megatron_cpu import model_parallel
 from frameworks.values import Cut, fill, gather_grads
 
-LAYERS = 2
 HIDDEN = 24
 HEADS = 4
 HEAD_DIM = 8
@@ -32,7 +32,7 @@ INNER = 40
 VOCABULARY = 34
 
 CUTS = {"embedding.word_embeddings.weight": Cut(0), "output_layer.weight": Cut(0)}
-for _layer in range(LAYERS):
+for _layer in range(4):  # of the deepest model built here
     _name = f"decoder.layers.{_layer}"
     for _kind in ("weight", "bias"):
         CUTS[f"{_name}.self_attention.linear_qkv.{_kind}"] = Cut(0)
@@ -50,20 +50,36 @@ class MarkedNorm(nn.LayerNorm):
             parameter.sequence_parallel = config.sequence_parallel
 
 
-def _config(tp: int, kv_heads: int, sequence_parallel: bool) -> TransformerConfig:
+@dataclass(frozen=True)
+class Setting:
+    """How large a model is, and how it is sharded."""
+
+    kv_heads: int = 2
+    layers: int = 2
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+
+
+def _config(setting: Setting) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=LAYERS,
+        num_layers=setting.layers,
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
         kv_channels=HEAD_DIM,
-        num_query_groups=kv_heads,
+        num_query_groups=setting.kv_heads,
         ffn_hidden_size=INNER,
         gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
-        sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=setting.tp,
+        sequence_parallel=setting.sequence_parallel,
+        pipeline_model_parallel_size=setting.pp,
+        pipeline_dtype=torch.float32,
+        # As Megatron trains: what a stage has sent on loses its data, whoever still looks at it.
+        deallocate_pipeline_outputs=True,
+        batch_p2p_sync=False,  # waits for a CUDA device
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -73,24 +89,27 @@ def _config(tp: int, kv_heads: int, sequence_parallel: bool) -> TransformerConfi
     )
 
 
-def _gpt(tp: int, kv_heads: int, sequence_parallel: bool) -> GPTModel:
+def gpt(setting: Setting) -> GPTModel:
+    """This rank's part, with Megatron's own values."""
     spec = get_gpt_layer_local_spec()
-    if sequence_parallel:
+    if setting.sequence_parallel:
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = MarkedNorm
-        spec = TransformerBlockSubmodules(layer_specs=[spec] * LAYERS, layer_norm=MarkedNorm)
-    module = GPTModel(
-        config=_config(tp, kv_heads, sequence_parallel),
+        specs = [spec] * (setting.layers // setting.pp)
+        spec = TransformerBlockSubmodules(layer_specs=specs, layer_norm=MarkedNorm)
+    return GPTModel(
+        config=_config(setting),
         transformer_layer_spec=spec,
         vocab_size=VOCABULARY,
         max_sequence_length=16,
         parallel_output=False,
         position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
-    fill(module, CUTS, parallel_state.get_tensor_model_parallel_rank(), tp)
-    return module
 
 
-def _logits(module: Any, ids: Tensor) -> Tensor:
+def logits(module: Any, ids: Tensor) -> Tensor:
+    """Logits, ``[batch, sequence, vocabulary]``; on an earlier stage of a pipeline, its output."""
     batch, sequence = ids.shape
     positions = torch.arange(sequence).expand(batch, sequence)
     hidden = torch.ones(1, 1, sequence, sequence, dtype=torch.bool).triu(1)
@@ -98,28 +117,40 @@ def _logits(module: Any, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def build(tp: int, kv_heads: int, sequence_parallel: bool = False) -> Iterator[Model]:
-    """This rank's part; the whole model where ``tp`` is 1."""
-    with model_parallel(tp):
-        module = _gpt(tp, kv_heads, sequence_parallel)
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        yield Model(
-            module,
-            _logits,
-            "embedding",
-            lambda: _weight_grads(module),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            embedding_batch_dim=1,
-            embedding_part=lambda x: x.chunk(tp, 0)[rank] if sequence_parallel else x,
-        )
+def build(setting: Setting) -> Iterator[Model]:
+    """This rank's part; the whole model where nothing shards it."""
+    with model_parallel(setting.tp):
+        module = gpt(setting)
+        yield model_of(setting, module, module)
 
 
-def _weight_grads(module: nn.Module) -> dict[str, Tensor]:
+def model_of(setting: Setting, module: GPTModel, named: nn.Module) -> Model:
+    """What the grid needs to know of it, once its parameters have their values.
+
+    Args:
+        setting: what it was built from.
+        module: what is called.
+        named: holds the same modules by the names that they have in the whole model.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    fill(named, CUTS, rank, setting.tp)
+    return Model(
+        module,
+        logits,
+        "embedding",
+        lambda: _weight_grads(named),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        embedding_batch_dim=1,
+        embedding_part=lambda x: x.chunk(setting.tp, 0)[rank] if setting.sequence_parallel else x,
+    )
+
+
+def _weight_grads(named: nn.Module) -> dict[str, Tensor]:
     tp_group = parallel_state.get_tensor_model_parallel_group()
-    for parameter in module.parameters():
+    for parameter in named.parameters():
         if getattr(parameter, "sequence_parallel", False) and parameter.grad is not None:
             dist.all_reduce(parameter.grad, group=tp_group)
-    return gather_grads(module, CUTS, tp_group, parallel_state.get_data_parallel_group())
+    return gather_grads(named, CUTS, tp_group, parallel_state.get_data_parallel_group())
 
 
 def _sites(kv_heads: int, sequence_parallel: bool) -> tuple[Site, ...]:
@@ -172,8 +203,8 @@ def _case(name: str, kv_heads: int = 2, dp: int = 1, sequence_parallel: bool = F
         name,
         2,
         dp,
-        partial(build, 1, kv_heads),
-        partial(build, 2, kv_heads, sequence_parallel),
+        partial(build, Setting(kv_heads)),
+        partial(build, Setting(kv_heads, tp=2, sequence_parallel=sequence_parallel)),
         sites if dp == 1 else only(sites, *_FEW),
     )
 
