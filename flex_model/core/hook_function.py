@@ -36,6 +36,9 @@ class HookFunction:
         record: keyword only. Whether the activation (before any edit) is recorded. None records it
             unless the editing function declared (`flex_model.elementwise` and its kin) that it
             needs no whole tensor: then nothing at all is moved.
+        part: keyword only. Of a fused projection the part to visit alone: "q", "k", "v", "gate" or
+            "up". It is handed out as if it were a projection of its own.
+        head: keyword only. Of a projection (or its part) the one attention head to visit alone.
         placements: keyword only. Placement by mesh dim ("tp", "dp"), overruling what is found.
         gradients: keyword only. Placement of the gradient by mesh dim, for a value that is
             replicated but whose gradient is not (``Partial()``), or the other way round.
@@ -58,6 +61,8 @@ class HookFunction:
         unpack_idx: int = 0,
         *,
         record: bool | None = None,
+        part: str | None = None,
+        head: int | None = None,
         placements: Mapping[str, Placement] | None = None,
         gradients: Mapping[str, Placement] | None = None,
     ) -> None:
@@ -66,6 +71,8 @@ class HookFunction:
         self.editing_function = editing_function
         self.unpack_idx = unpack_idx
         self.record = record
+        self.part = part
+        self.head = head
         self.placements = dict(placements or {})
         self.gradients = dict(gradients or {})
 

@@ -20,6 +20,7 @@ from flex_model.core.editing import Editing
 from flex_model.core.hook_function import HookFunction
 from flex_model.core.point_layout import PointLayout
 from flex_model.core.randomness import RandomStreams, in_backward
+from flex_model.core.selection import select
 from flex_model.core.session import Session
 from flex_model.core.unpacking import count_tensors, find_tensor
 from flex_model.distributed.gradients import GradientMemory
@@ -38,11 +39,19 @@ class PointKey:
     name: str
     kind: Kind
     index: int
+    part: str | None = None
+    head: int | None = None
 
     @property
     def label(self) -> str:
-        """``layers.0.mlp forward output 0``: for messages, digests and random streams."""
-        return f"{self.name} {self.kind} {self.index}"
+        """``layers.0.mlp forward 0``: for messages, digests and random streams."""
+        return f"{self.name} {self.kind} {self.index}{self.selected}"
+
+    @property
+    def selected(self) -> str:
+        """``:q``, ``:q.3`` or ``:3``, where the hook functions are on a part of the features."""
+        chosen = [str(item) for item in (self.part, self.head) if item is not None]
+        return f":{'.'.join(chosen)}" if chosen else ""
 
 
 def _telling(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,6 +231,34 @@ class HookPoint:
             layout = self._memory.measured(layout, local, self._session.mesh).transposed()
         elif not layout.told:
             layout = self._memory.known(layout)
+        if self.key.selected:
+            return self._processed_part(tensor, local, layout, active, transposed)
+        edited = self._passed(local, layout, active, transposed)
+        return tensor if edited is local else _like(edited, tensor)
+
+    def _processed_part(
+        self,
+        tensor: Tensor,
+        local: Tensor,
+        layout: ActivationLayout,
+        active: Sequence[HookFunction],
+        transposed: bool,
+    ) -> Tensor:
+        """The same for a part of the features, which is put back where it was taken."""
+        width = layout.whole_shape(local.shape)[-1]
+        positions = self._layouts.part(self.key.part, self.key.head, width)
+        selected = select(local, layout, positions, self._session.mesh, self._memory)
+        edited = self._passed(selected.local, selected.layout, active, transposed)
+        return tensor if edited is selected.local else _like(selected.put_back(edited), tensor)
+
+    def _passed(
+        self,
+        local: Tensor,
+        layout: ActivationLayout,
+        active: Sequence[HookFunction],
+        transposed: bool,
+    ) -> Tensor:
+        """Record and edit; ``local`` itself where nothing changed."""
         edits = [hook.edit for hook in active if hook.edit is not None]
         recompute = not transposed and in_backward()
         records = not recompute and self._session.stages.records(self.key.name)
@@ -237,9 +274,8 @@ class HookPoint:
 
         if not edits:
             record(None)
-            return tensor
-        edited = self._editing.edit(local, layout, edits, record, recompute=recompute)
-        return tensor if edited is local else _like(edited, tensor)
+            return local
+        return self._editing.edit(local, layout, edits, record, recompute=recompute)
 
     def _take_statistics(
         self, local: Tensor, layout: ActivationLayout, active: Sequence[HookFunction]

@@ -14,8 +14,10 @@ from flex_model.core.hook_function import HookFunction
 from flex_model.core.session import Session
 from flex_model.distributed.agreement import agree_on_length, agree_on_marks
 from flex_model.distributed.gradients import ranks_agree
+from flex_model.distributed.mesh import MESH_DIMS
 from flex_model.errors import HintError, LayoutError
 from flex_model.layouts.dtensor import placements_by_name, shard_sizes
+from flex_model.layouts.fused import chosen_features
 from flex_model.layouts.layout import ActivationLayout, is_sharded
 from flex_model.layouts.marks import (
     UNKNOWN,
@@ -24,13 +26,14 @@ from flex_model.layouts.marks import (
     Mark,
     OneOf,
     from_placement,
+    one_of,
     to_placement,
 )
 from flex_model.layouts.names import named_parameters
 from flex_model.layouts.resolve import Known, parameter_placement, resolve, tell
 from flex_model.layouts.sources import Side, Site, Told
 
-__all__ = ["PointLayout"]
+__all__ = ["PointLayout", "side_of"]
 
 _SIDES: dict[str, Side] = {
     "forward": "output",
@@ -38,6 +41,13 @@ _SIDES: dict[str, Side] = {
     "full_backward": "input",
     "full_backward_pre": "output",
 }
+
+
+def side_of(kind: str) -> Side:
+    """Which side of a module a kind of hook sees."""
+    return _SIDES[kind]
+
+
 _ONE_PROCESS = ActivationLayout()
 
 
@@ -48,6 +58,8 @@ class _Traced:
     marks: dict[str, Mark]
     shape: tuple[int, ...]
     per_sample: int  # entries of the batch-cut dim, within one block, that one sample makes
+    per_position: int = 1  # the same of the sequence-cut dim, for one position of this rank's
+    batches: tuple[int, ...] = ()  # of the data-parallel ranks, or of this one
 
 
 class PointLayout:
@@ -93,16 +105,35 @@ class PointLayout:
                     f"{hook.expected_shape} of the same tensor."
                 )
             self._expected_shape = hook.expected_shape
-        unknown = {*hook.placements, *hook.gradients} - {"pp", "dp", "tp"}
+        unknown = {*hook.placements, *hook.gradients} - set(MESH_DIMS)
         if unknown:
-            raise HintError(f"{self._where}: hints name mesh dims {unknown}; there are pp, dp, tp.")
+            there = ", ".join(MESH_DIMS)
+            raise HintError(f"{self._where}: hints name mesh dims {unknown}; there are {there}.")
         self._placements.update(hook.placements)
         self._gradients.update(hook.gradients)
         self._found.clear()
         self._left_to_trace = None
 
+    def part(self, part: str | None, head: int | None, width: int) -> Tensor:
+        """Positions along the whole last dim of a part of the features.
+
+        Raises:
+            LayoutError: the activation is not as wide as its parts together.
+        """
+        side = self._side or "output"
+        positions, due = chosen_features(self._session.root, self._name, side, part, head)
+        if width != due:
+            raise LayoutError(
+                f"{self._where}: the whole activation is {width} wide, but its parts are {due} "
+                "together: they lie in another way than the module's name tells. Hook the whole."
+            )
+        return positions
+
     def needs_trace(self) -> bool:
         """Whether some mesh dim's placement is left for the trace to find."""
+        if any(self._is_outgrown(seen) for seen in self._traced.values()):
+            self._traced.clear()
+            self._found.clear()
         if self._side is None or self._traced:
             return False
         if self._left_to_trace is None:
@@ -111,6 +142,15 @@ class PointLayout:
                 told.add("tp")
             self._left_to_trace = bool(set(self._session.sizes) - told)
         return self._left_to_trace
+
+    def _is_outgrown(self, seen: _Traced) -> bool:
+        """Whether a sequence was seen of a lone sample: it told nothing of where samples lie.
+
+        With one sample ``[batch * sequence]`` and ``[sequence * batch]`` are the same. All ranks
+        find the same, for they know of the same batches.
+        """
+        sequence = seen.marks.get("cp")
+        return isinstance(sequence, Cut) and 1 in seen.batches and seen.batches != self._batches()
 
     def of(self, tensor: Tensor, *, gradient: bool = False) -> ActivationLayout:
         """The layout of a tensor at this point; of the activation a gradient belongs to.
@@ -209,6 +249,7 @@ class PointLayout:
             expected_shape=self._expected_shape,
             uneven=uneven,
             loss=session.loss,
+            zigzag=session.zigzag,
         )
 
     def _told(self, ndim: int) -> Told | None:
@@ -228,8 +269,12 @@ class PointLayout:
             found = agree_on_marks(self._session.mesh, trace.marks_of(tensor), tensor.device)
             marks = {n: WHOLE if n in self._verified else m for n, m in found.items()}
             shape = tuple(tensor.shape)
+            if "cp" in marks:
+                marks["cp"] = self._with_all_positions(marks["cp"], shape)
             per_sample = self._per_sample(marks.get("dp"), shape, tensor.device)
-            self._note(tensor.ndim, _Traced(marks, shape, per_sample))
+            per_position = self._per_position(marks.get("cp"), shape)
+            found_at = _Traced(marks, shape, per_sample, per_position, self._batches())
+            self._note(tensor.ndim, found_at)
             return marks
         return self._resized(seen, tensor) if seen is not None else {}
 
@@ -241,8 +286,14 @@ class PointLayout:
                 inner = seen.shape[mark.dim] // mark.outer
                 if name == "dp":
                     inner = seen.per_sample * self._batch()
+                elif name == "cp":
+                    inner = seen.per_position * self._session.positions
                 marks[name] = Cut(mark.dim, tensor.shape[mark.dim] // max(1, inner))
         return marks
+
+    def _batches(self) -> tuple[int, ...]:
+        """The batch of every data-parallel rank; of this one where there are no others."""
+        return self._session.batch_sizes or (self._session.batch,)
 
     def _batch(self) -> int:
         """This rank's batch in this forward."""
@@ -256,6 +307,21 @@ class PointLayout:
             return 1
         own = shape[mark.dim] // mark.outer // self._batch() if self._batch() else 0
         return agree_on_length(self._session.mesh, own, device) if 0 in batches else own
+
+    def _with_all_positions(self, mark: Mark, shape: tuple[int, ...]) -> Mark:
+        """Of the cuts that local shapes leave open, those that hold this rank's whole part."""
+        if not isinstance(mark, OneOf):
+            return mark
+        positions = max(1, self._session.positions)
+        fitting = [cut for cut in mark.cuts if shape[cut.dim] // cut.outer % positions == 0]
+        return one_of(fitting) if fitting else mark
+
+    def _per_position(self, mark: Mark | None, shape: tuple[int, ...]) -> int:
+        """How long one position makes the sequence-cut dim, within one block."""
+        positions = self._session.positions
+        if not isinstance(mark, Cut) or not positions:
+            return 1
+        return shape[mark.dim] // mark.outer // positions
 
     def _ragged(self, mark: Mark | None, ndim: int) -> tuple[int, ...] | None:
         """Every rank's length of the batch-cut dim, where the ranks' batches differ."""

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from flex_model.core.hook_function import HookFunction
 from flex_model.core.hook_point import HookPoint, Kind, PointKey
 from flex_model.core.parameters import unhookable
+from flex_model.core.point_layout import side_of
 from flex_model.core.session import Session
 from flex_model.errors import RegistrationError, UnknownModuleError
 from flex_model.layouts.experts import refused
+from flex_model.layouts.fused import chosen_features
 from flex_model.layouts.names import named_modules, named_parameters, plain_name
 
 __all__ = ["KINDS", "HookRegistry", "unknown_name"]
@@ -64,6 +66,7 @@ class HookRegistry:
                 f"{hook!r} is registered already. Make another HookFunction for another place."
             )
         self._check_target(hook.module_name, kind)
+        self._check_part(hook, kind)
         name = plain_name(hook.module_name, self._root)
         why = refused(self._root, name, self._session.sizes, parameter=kind == "tensor")
         if why is not None:
@@ -113,7 +116,8 @@ class HookRegistry:
         self._session.points.clear()
 
     def _key_of(self, hook: HookFunction, kind: Kind) -> PointKey:
-        return PointKey(plain_name(hook.module_name, self._root), kind, hook.unpack_idx)
+        name = plain_name(hook.module_name, self._root)
+        return PointKey(name, kind, hook.unpack_idx, hook.part, hook.head)
 
     def _check_target(self, name: str, kind: Kind) -> None:
         name, stages = plain_name(name, self._root), self._session.stages
@@ -128,6 +132,17 @@ class HookRegistry:
         reason = None if parameter is None else unhookable(self._root, name, parameter)
         if reason is not None:
             raise RegistrationError(f"Parameter {name} {reason}.")
+
+    def _check_part(self, hook: HookFunction, kind: Kind) -> None:
+        key = self._key_of(hook, kind)
+        if not key.selected:
+            return
+        if kind == "tensor":
+            raise RegistrationError(
+                f"{hook!r}: a parameter has no part or head of its own to hook."
+            )
+        if key.name in dict(named_modules(self._root)):
+            chosen_features(self._root, key.name, side_of(kind), hook.part, hook.head)
 
     def _target(self, name: str, kind: Kind) -> tuple[nn.Module, Tensor | None] | None:
         """The module to hook, and for a parameter the tensor; None where another stage has it."""
@@ -165,10 +180,11 @@ class HookRegistry:
         self._undo.extend(handle.remove for handle in handles)
 
     def _record_key_for(self, hook: HookFunction, kind: Kind) -> str:
-        taken = self._record_keys.values()
-        if hook.module_name not in taken:
-            return hook.module_name
-        return f"{hook.module_name}:{kind}" + (f"[{hook.unpack_idx}]" if hook.unpack_idx else "")
+        taken, selected = self._record_keys.values(), self._key_of(hook, kind).selected
+        if f"{hook.module_name}{selected}" not in taken:
+            return f"{hook.module_name}{selected}"
+        index = f"[{hook.unpack_idx}]" if hook.unpack_idx else ""
+        return f"{hook.module_name}:{kind}{index}{selected}"
 
 
 class _Last:
