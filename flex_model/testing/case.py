@@ -200,15 +200,20 @@ class Case:
     pp: int = 1
     cp: int = 1
 
-    def tolerance(self, quantity: str) -> float:
+    def tolerance(self, quantity: str, *, on_shards: bool = False) -> float:
         """The largest relative error that float32 leaves room for.
 
         Tensor ranks each add up their part of a row-parallel product and the parts are added then:
         another order of the same sum, which everything downstream and every gradient inherits. Data
         ranks reorder the sum over the batch, in the gradients of weights only: the edit and its
-        trainable module see the whole batch on every rank. Stages of a pipeline reorder nothing.
+        trainable module see the whole batch on every rank. Context ranks reorder no sum of the
+        forward, but the one over queries in the gradients of keys and values, which all gradients
+        before them inherit. Stages of a pipeline reorder nothing. An edit on shards has its
+        module's gradients added up over the ranks.
         """
-        reordered = self.tp > 1 or quantity == "weight grad"
+        over_queries = self.cp > 1 and quantity in ("input grad", "trainable grad")
+        of_shards = on_shards and quantity == "trainable grad"
+        reordered = self.tp > 1 or quantity == "weight grad" or over_queries or of_shards
         return 1e-5 if reordered else 1e-6
 
     @property

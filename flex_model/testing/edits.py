@@ -1,8 +1,8 @@
-"""The edits of the parity grid: each mixes channels and batch, so a lost cross-rank term shows.
+"""The edits of the parity grid: all but one mix channels and batch, so a lost term shows.
 
 An edit that works element by element would come out right on a shard, too. These roll along the
 batch, take a softmax over the whole width, divide by a mean over the whole tensor and pass through
-a Linear over the whole width.
+a Linear over the whole width. The one that does not mix says so, and runs on the shards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-__all__ = ["PROBE", "Edit", "mixing_edit", "new_probe", "random_edit"]
+from flex_model import LocalShard, elementwise
+
+__all__ = ["PROBE", "Edit", "local_edit", "mixing_edit", "new_probe", "random_edit"]
 
 Edit = Callable[[Any, Tensor, Any, Any], Tensor]
 
@@ -45,6 +47,30 @@ def mixing_edit(batch_dim: int) -> Edit:
         rolled = torch.roll(value, 1, dims=batch_dim)
         mixed: Tensor = value * (1 + gate) + 0.5 * rolled + modules[PROBE](value)
         return mixed
+
+    return edit
+
+
+def local_edit(batch_dim: int) -> Edit:
+    """An edit that declares any shard to suffice, and trains a module besides.
+
+    Args:
+        batch_dim: not used: nothing is mixed.
+    """
+
+    @elementwise
+    def edit(
+        module: Any,
+        value: Tensor,
+        save_ctx: Any,
+        modules: Mapping[str, nn.Module],
+        *,
+        shard: LocalShard | None = None,
+    ) -> Tensor:
+        weight, bias = modules[PROBE].parameters()
+        if shard is None:  # a plain torch hook has the whole
+            return value * (1 + bias) + torch.sin(value) * weight[0]
+        return value * (1 + shard.take(bias)) + torch.sin(value) * shard.take(weight[0])
 
     return edit
 

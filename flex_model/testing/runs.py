@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flex_model import FlexModel, HookFunction
 from flex_model.testing.case import Case, Model, Site
-from flex_model.testing.edits import PROBE, Edit, mixing_edit, new_probe, random_edit
+from flex_model.testing.edits import PROBE, Edit, local_edit, mixing_edit, new_probe, random_edit
 from flex_model.testing.step import Outcome, take_step
 
 __all__ = ["COLUMNS", "RUNS", "Run", "new_probe_for", "step_under_flex_model"]
@@ -45,6 +45,11 @@ class Run:
         """Whether the edit is a random one."""
         return self.edit is random_edit
 
+    @property
+    def on_shards(self) -> bool:
+        """Whether the edit runs on the ranks' shards."""
+        return self.edit is local_edit
+
     def fits(self, site: Site) -> bool:
         """Whether torch itself offers this hook at the site."""
         if self.kind.startswith("full_backward") and not site.backward:
@@ -60,6 +65,7 @@ RUNS = (
     Run("capture", "forward", None),
     Run("edit", "forward", apart=_APART),
     Run("pre-hook edit", "forward_pre"),
+    Run("local edit", "forward", local_edit),
     Run("backward hook", "full_backward"),
     Run("backward-pre hook", "full_backward_pre"),
     Run("random edit", "forward", random_edit),
@@ -79,6 +85,7 @@ def step_under_flex_model(
         expected_shape=site.hint(run.side) if hinted else None,
         editing_function=run.edit(site.batch_dim) if run.edit else None,
         unpack_idx=site.index,
+        record=True,  # an edit on shards records only if asked to
     )
     hooked = FlexModel(
         model.module,

@@ -33,7 +33,7 @@ def on_a_rank(case: Case, site: Site, truth: Mapping[str, Outcome]) -> list[Meas
                         hint=hinted,
                         quantity=quantity,
                         error=error,
-                        tolerance=case.tolerance(quantity),
+                        tolerance=case.tolerance(quantity, on_shards=run.on_shards),
                         hard=site.hard,
                         note=note,
                     )
