@@ -11,7 +11,7 @@ from flex_model.testing.case import HARD_SITES
 from flex_model.testing.compare import Measurement
 from flex_model.testing.runs import COLUMNS
 
-__all__ = ["grid_table"]
+__all__ = ["grid_table", "markdown_table"]
 
 
 def grid_table(rows: Mapping[str, Sequence[Measurement]]) -> Table:
@@ -33,6 +33,28 @@ def grid_table(rows: Mapping[str, Sequence[Measurement]]) -> Table:
         cells += [_cell([m for m in measured if m.hard == hard]) for hard in HARD_SITES]
         table.add_row(name, *cells)
     return table
+
+
+def markdown_table(rows: Mapping[str, Sequence[Measurement]]) -> str:
+    """The same for a page: of each cell the larger of the two numbers, bold if it does not pass."""
+    headings = (*COLUMNS, *HARD_SITES)
+    lines = [_line(("row", *headings)), _line(("---", *["---:"] * len(headings)))]
+    for name, measured in rows.items():
+        cells = [[m for m in measured if m.column == column] for column in COLUMNS]
+        cells += [[m for m in measured if m.hard == hard] for hard in HARD_SITES]
+        lines.append(_line((name, *map(_markdown_cell, cells))))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_cell(measured: Sequence[Measurement]) -> str:
+    if not measured:
+        return ""
+    text = f"{max(m.error for m in measured):.0e}"
+    return text if all(m.passes for m in measured) else f"**{text}**"
 
 
 def _cell(measured: Sequence[Measurement]) -> str:
