@@ -18,7 +18,8 @@ from flex_model.distributed.mesh import MESH_DIMS
 from flex_model.errors import HintError, LayoutError
 from flex_model.layouts.dtensor import placements_by_name, shard_sizes
 from flex_model.layouts.fused import chosen_features
-from flex_model.layouts.layout import ActivationLayout, is_sharded
+from flex_model.layouts.hints import apply_expected_shape
+from flex_model.layouts.layout import ActivationLayout, is_sharded, shard_dim
 from flex_model.layouts.marks import (
     UNKNOWN,
     WHOLE,
@@ -49,6 +50,7 @@ def side_of(kind: str) -> Side:
 
 
 _ONE_PROCESS = ActivationLayout()
+_HINTED = tuple(name for name in MESH_DIMS if name != "pp")  # no activation lies over stages
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ class PointLayout:
         Raises:
             HintError: they contradict those of another hook function at this point.
         """
+        unknown = {*hook.placements, *hook.gradients} - set(_HINTED)
+        if unknown:
+            there = ", ".join(_HINTED)
+            raise HintError(f"{self._where}: hints name mesh dims {unknown}; there are {there}.")
         if hook.expected_shape is not None:
             if self._expected_shape not in (None, hook.expected_shape):
                 raise HintError(
@@ -105,10 +111,6 @@ class PointLayout:
                     f"{hook.expected_shape} of the same tensor."
                 )
             self._expected_shape = hook.expected_shape
-        unknown = {*hook.placements, *hook.gradients} - set(MESH_DIMS)
-        if unknown:
-            there = ", ".join(MESH_DIMS)
-            raise HintError(f"{self._where}: hints name mesh dims {unknown}; there are {there}.")
         self._placements.update(hook.placements)
         self._gradients.update(hook.gradients)
         self._found.clear()
@@ -160,6 +162,9 @@ class PointLayout:
             HintError: a hint that does not fit.
         """
         if not self._session.sizes:
+            if self._expected_shape is not None:
+                shape = tuple(tensor.shape)
+                apply_expected_shape(_ONE_PROCESS, shape, self._expected_shape, self._where)
             return _ONE_PROCESS
         shape = tuple(tensor.shape)
         if gradient and not isinstance(tensor, DTensor) and shape in self._by_shape:
@@ -205,7 +210,9 @@ class PointLayout:
             layout = resolve(known)
         for dim in layout.dims:
             if dim.value is None:
-                raise self._undecided(dim.name, tensor, found.get(dim.name))
+                raise self._undecided(
+                    dim.name, tensor, found.get(dim.name), measured=dim.name in measured
+                )
         return layout
 
     def _is_certain(self, dim: str, known: Known) -> bool:
@@ -224,6 +231,7 @@ class PointLayout:
     def _known(self, tensor: Tensor) -> Known:
         session = self._session
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        self._check_hinted_dims(tuple(local.shape))
         placements, gradients, uneven = dict(self._placements), dict(self._gradients), {}
         if isinstance(tensor, DTensor):
             for name, placement in placements_by_name(tensor, session.dim_names).items():
@@ -251,6 +259,14 @@ class PointLayout:
             loss=session.loss,
             zigzag=session.zigzag,
         )
+
+    def _check_hinted_dims(self, shape: tuple[int, ...]) -> None:
+        for name, placement in (*self._placements.items(), *self._gradients.items()):
+            if is_sharded(placement) and not -len(shape) <= shard_dim(placement) < len(shape):
+                raise HintError(
+                    f"{self._where}: the hint {placement} over {name} names dim "
+                    f"{shard_dim(placement)}, but the local tensor {shape} has {len(shape)} dims."
+                )
 
     def _told(self, ndim: int) -> Told | None:
         root = self._session.root
@@ -331,14 +347,18 @@ class PointLayout:
             return None
         return tuple(seen.per_sample * batch for batch in batches)
 
-    def _undecided(self, dim: str, tensor: Tensor, found: Mark | None) -> LayoutError:
-        open_cuts = ""
+    def _undecided(
+        self, dim: str, tensor: Tensor, found: Mark | None, *, measured: bool
+    ) -> LayoutError:
         if isinstance(found, OneOf):
             fits = ", ".join(str(to_placement(cut)) for cut in sorted(found.cuts, key=str))
-            open_cuts = f" From the local shapes it may be any of {fits}."
+            why = f"local shapes leave open which of {fits} it is"
+        elif measured:
+            why = "nothing tells how it lies, and the ranks hold different values"
+        else:
+            why = "it comes of an operation that no rule follows, or of values left open themselves"
         return LayoutError(
-            f"{self._where}: over {dim} ({self._session.sizes[dim]} ranks), nothing tells how the "
-            f"local tensor {tuple(tensor.shape)} lies, and the ranks hold different values."
-            f"{open_cuts} Give expected_shape with the whole sizes, or "
-            f'HookFunction(..., placements={{"{dim}": Shard(d)}}).'
+            f"{self._where}: over {dim} ({self._session.sizes[dim]} ranks) the local tensor "
+            f"{tuple(tensor.shape)} is not understood: {why}. Give expected_shape with the whole "
+            f'sizes, or HookFunction(..., placements={{"{dim}": Shard(d)}}).'
         )
