@@ -37,6 +37,7 @@ def all_gather_along(
     *,
     blocks: int = 1,
     shard_sizes: Sequence[int] | None = None,
+    zigzag: bool = False,
 ) -> Tensor:
     """Every rank's shard, concatenated along ``dim`` in rank order: one all-gather.
 
@@ -47,6 +48,7 @@ def all_gather_along(
         blocks: outer blocks of ``dim``; ranks are concatenated within each block.
         shard_sizes: length of each rank's part within one block where they differ (the shorter
             ones travel padded, for gloo ends the process on uneven all-gathers).
+        zigzag: rank r of C holds chunks r and 2C-1-r of each block's 2C; they come back in order.
 
     Returns:
         ``[..., blocks * sum(own), ...]``, freshly allocated.
@@ -57,11 +59,11 @@ def all_gather_along(
         gathered = part.new_empty((size * part.shape[0], *part.shape[1:]))
         work = dist.all_gather_single(gathered, part, group=group.group, async_op=True)
         group.finish(work, part.device)
-        if dim == 0 and blocks == 1 and shard_sizes is None:
+        if dim == 0 and blocks == 1 and shard_sizes is None and not zigzag:
             return (gathered,)  # rank order along dim 0 is already the whole tensor
         return gathered.view(size, *part.shape).unbind(0)
 
-    return _assemble(shard, dim, exchange, blocks, shard_sizes)
+    return _assemble(shard, dim, exchange, blocks, shard_sizes, zigzag)
 
 
 def gather_along(
@@ -72,6 +74,7 @@ def gather_along(
     *,
     blocks: int = 1,
     shard_sizes: Sequence[int] | None = None,
+    zigzag: bool = False,
 ) -> Tensor | None:
     """As `all_gather_along`, but only global rank ``destination`` gets the whole tensor."""
     here = dist.get_rank() == destination
@@ -83,7 +86,7 @@ def gather_along(
         return parts or ()
 
     if here:
-        return _assemble(shard, dim, exchange, blocks, shard_sizes)
+        return _assemble(shard, dim, exchange, blocks, shard_sizes, zigzag)
     exchange(_wire(_padded(shard, dim, blocks, shard_sizes)))
     return None
 
@@ -119,6 +122,7 @@ def slice_along(
     *,
     blocks: int = 1,
     shard_sizes: Sequence[int] | None = None,
+    zigzag: bool = False,
 ) -> Tensor:
     """The part of ``whole`` that rank ``index`` of ``size`` holds: inverse of the gathers.
 
@@ -126,9 +130,12 @@ def slice_along(
     """
     if blocks > 1:
         blocked = whole.unflatten(dim, (blocks, -1))
-        return slice_along(blocked, dim + 1, index, size, shard_sizes=shard_sizes).flatten(
-            dim, dim + 1
-        )
+        own = slice_along(blocked, dim + 1, index, size, shard_sizes=shard_sizes, zigzag=zigzag)
+        return own.flatten(dim, dim + 1)
+    if zigzag:
+        length = whole.shape[dim] // (2 * size)
+        chunks = (whole.narrow(dim, at * length, length) for at in (index, 2 * size - 1 - index))
+        return torch.cat(list(chunks), dim)
     if shard_sizes is None:
         length = whole.shape[dim] // size
         start = index * length
@@ -144,6 +151,7 @@ def _assemble(
     exchange: Callable[[Tensor], Sequence[Tensor]],
     blocks: int,
     shard_sizes: Sequence[int] | None,
+    zigzag: bool,
 ) -> Tensor:
     """Pad, exchange, cut the padding off, concatenate within the outer blocks."""
     padded = _padded(shard, dim, blocks, shard_sizes)
@@ -157,8 +165,14 @@ def _assemble(
             parts = [part.unflatten(dim, (blocks, -1)) for part in parts]
     if shard_sizes is not None:
         parts = [part.narrow(at, 0, own) for part, own in zip(parts, shard_sizes, strict=True)]
-    whole = torch.cat(parts, dim=at)
+    whole = torch.cat(_there_and_back(parts, at) if zigzag else parts, dim=at)
     return whole.flatten(dim, at) if blocks > 1 else whole
+
+
+def _there_and_back(parts: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Zig-zag parts in the whole's order: the ranks' first halves, back through the second."""
+    halves = [part.chunk(2, dim) for part in parts]
+    return [first for first, _ in halves] + [second for _, second in reversed(halves)]
 
 
 def _padded(shard: Tensor, dim: int, blocks: int, shard_sizes: Sequence[int] | None) -> Tensor:
@@ -178,6 +192,7 @@ def _padded(shard: Tensor, dim: int, blocks: int, shard_sizes: Sequence[int] | N
 
 
 def _wire(tensor: Tensor) -> Tensor:
+    tensor = tensor.resolve_conj().resolve_neg()  # else its memory holds other values
     return tensor if tensor.dtype in _WIRE_DTYPES else tensor.unsqueeze(-1).view(torch.uint8)
 
 

@@ -17,6 +17,8 @@ Partial / Replicate        all-reduce          nothing               whole on co
 
 Over D data-parallel ranks whose losses are averaged, assembling a gradient divides by D and taking
 it apart multiplies by D (``DimLayout.gradient_scale``; ``Partial("avg")`` for replicated values).
+So it is over context-parallel ranks, each of which takes the loss of its own part of the sequence;
+their shards are two chunks each, in zig-zag order (``DimLayout.zigzag``).
 A plain ``all_gather`` has no backward at all: this table is what it silently loses.
 """
 
@@ -119,6 +121,7 @@ def _assemble_dim(local: Tensor, dim: DimLayout, mesh: ParallelMesh) -> Tensor:
             mesh.along(dim.name),
             blocks=block_count(placement),
             shard_sizes=dim.shard_sizes,
+            zigzag=dim.zigzag,
         )
     elif isinstance(placement, Partial):
         local = all_reduce_sum(local, mesh.along(dim.name))
@@ -141,6 +144,7 @@ def _assemble_dim_on(
         mesh.rank_at(dim.name, index),
         blocks=block_count(placement),
         shard_sizes=dim.shard_sizes,
+        zigzag=dim.zigzag,
     )
     return whole if whole is None or dim.value_scale == 1.0 else whole * dim.value_scale
 
@@ -156,6 +160,7 @@ def _disassemble_dim(whole: Tensor, dim: DimLayout, mesh: ParallelMesh) -> Tenso
             dim.size,
             blocks=block_count(placement),
             shard_sizes=dim.shard_sizes,
+            zigzag=dim.zigzag,
         )
     elif isinstance(placement, Partial) and placement.reduce_op == "sum" and index != 0:
         whole = torch.zeros_like(whole)  # an average of equal terms needs no zeros, a sum does

@@ -42,7 +42,7 @@ def _groups_of(tensor: DTensor) -> dict[str, ProcessGroup]:
     found: dict[str, ProcessGroup] = {}
     for axis in range(mesh.ndim):
         name = mesh.mesh_dim_names[axis] if mesh.mesh_dim_names else "tp"
-        name = name if name in ("pp", "dp", "tp") else "tp"
+        name = name if name in ("pp", "dp", "cp", "tp") else "tp"
         if mesh.size(axis) > 1 and (mesh.ndim > 1 or is_sharded(tensor.placements[axis])):
             found.setdefault(name, mesh.get_group(axis))
     return found
@@ -85,8 +85,8 @@ def placements_by_name(
 ) -> dict[str, Placement]:
     """A DTensor's placements by our mesh dims.
 
-    Hybrid sharding lays parameters over parts of the data-parallel ranks; between forwards only, so
-    these count as nothing.
+    Hybrid sharding lays parameters over parts of the data-parallel ranks, and with context
+    parallelism over those ranks too; between forwards only, so these count as nothing.
 
     Args:
         tensor: any DTensor.
@@ -101,9 +101,10 @@ def placements_by_name(
         if mesh.size(axis) == 1:
             continue
         ranks = _ranks(mesh.get_group(axis))
-        if any(name == "dp" and set(ranks) < set(dp_ranks) for dp_ranks, name in names.items()):
-            continue
         if ranks not in names:
+            met = {name for group, name in names.items() if len({*ranks} & {*group}) > 1}
+            if met and met <= {"dp", "cp"}:
+                continue
             raise LayoutError(
                 f"A DTensor of shape {tuple(tensor.shape)} lies over ranks {ranks}, which are no "
                 f"dim of FlexModel's mesh {sorted(names.items())}. Give FlexModel "

@@ -50,6 +50,9 @@ class DimLayout:
         value_scale: factor from the assembled local values to the whole value.
         gradient_scale: the same for gradients: 1/D over D data-parallel ranks whose losses are
             averaged, else 1.
+        zigzag: whether rank r of C holds chunks r and 2C-1-r of the sharded dim's 2C equal ones, as
+            context-parallel ranks do to share out causal attention evenly. torch's placements have
+            no word for it, so they tell the dim, and this the order.
     """
 
     name: str
@@ -59,6 +62,7 @@ class DimLayout:
     shard_sizes: tuple[int, ...] | None = None
     value_scale: float = 1.0
     gradient_scale: float = 1.0
+    zigzag: bool = False
 
     @property
     def told(self) -> bool:
@@ -149,6 +153,8 @@ class ActivationLayout:
         parts = []
         for dim in self.dims:
             text = f"{dim.name}({dim.size}): {dim.value}"
+            if dim.zigzag and is_sharded(dim.value):
+                text += " in zig-zag order"
             if dim.gradient is None:
                 text += " (gradient not told)"
             elif type(dim.gradient) is not type(dim.value):

@@ -44,7 +44,9 @@ def groups(root: nn.Module) -> Mapping[str, ProcessGroup]:
 def handed_over(root: nn.Module) -> Iterator[tuple[Tensor, Mapping[str, Placement]]]:
     """What the stage before handed over beside the arguments: ``[sequence, batch, hidden]``."""
     blocks = loaded("megatron.core.transformer.transformer_block")
-    for module in root.modules() if blocks is not None else ():
+    if blocks is None:
+        return
+    for module in root.modules():
         if isinstance(module, blocks.TransformerBlock) and isinstance(module.input_tensor, Tensor):
             over_tp = Shard(0) if module.config.sequence_parallel else Replicate()
             yield module.input_tensor, {"tp": over_tp, "cp": Shard(0), "dp": Shard(1)}

@@ -303,8 +303,12 @@ def _stack(call: Call) -> Mark:
 def _attention(call: Call) -> Mark:
     """Fused scaled-dot-product attention, [batch, heads, sequence, width]: batch and heads pass.
 
-    An operand that is whole there would be met by another part of the others on one process.
+    An operand that is whole there would be met by another part of the others on one process. But
+    each query meets every key: a cut of the queries' sequence alone is one of the output's.
     """
+    query, *keys_and_values = (m for _, m in call.operands[:3])
+    if isinstance(query, Cut) and query.dim == 2 and call.out.ndim == 4:
+        return query if all(m in (WHOLE, FOREIGN) for m in keys_and_values) else UNKNOWN
     mark = _merged([m for _, m in call.operands[:3]])
     if not isinstance(mark, Cut) or mark.dim > 1 or call.out.ndim != 4:
         return UNKNOWN

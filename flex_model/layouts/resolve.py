@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from flex_model.errors import LayoutError
 from flex_model.layouts import dtensor, fairscale, fsdp, megatron, transformers
 from flex_model.layouts.hints import Hint, apply_expected_shape
 from flex_model.layouts.layout import (
@@ -30,10 +31,21 @@ from flex_model.layouts.layout import (
 from flex_model.layouts.marks import Cut, Mark, OneOf, one_of, to_placement
 from flex_model.layouts.sources import Site, Source, Told
 
-__all__ = ["Known", "Loss", "groups_of", "parameter_placement", "resolve", "tell"]
+__all__ = [
+    "ContextOrder",
+    "Known",
+    "Loss",
+    "groups_of",
+    "parameter_placement",
+    "resolve",
+    "tell",
+]
 
+ContextOrder = Literal["zigzag", "contiguous"]
 Loss = Literal["mean", "sum"]
 
+# Over these each rank computes a loss of its own, on its part of the batch or of the sequence.
+_OWN_LOSS = ("dp", "cp")
 _SOURCES: tuple[Source, ...] = (megatron, fairscale, transformers, fsdp, dtensor)
 
 
@@ -51,7 +63,8 @@ class Known:
         marks: by mesh dim, from the trace.
         expected_shape: the user's hint.
         uneven: shard lengths by mesh dim where they differ between ranks.
-        loss: how the losses of data-parallel ranks combine.
+        loss: how the losses of data- and context-parallel ranks combine.
+        zigzag: whether context-parallel ranks hold the sequence in zig-zag order.
     """
 
     where: str
@@ -64,19 +77,23 @@ class Known:
     expected_shape: Hint | None = None
     uneven: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     loss: Loss = "mean"
+    zigzag: bool = True
 
 
 def groups_of(root: nn.Module) -> dict[str, ProcessGroup]:
-    """The process groups that frameworks spread this model over, by mesh dim."""
+    """The process groups that frameworks spread this model over, by mesh dim.
+
+    Two dims of a mesh meet in one rank. What meets an earlier source's in more is another view of
+    those ranks: a mesh without names, or the one that experts alone lie over.
+    """
     found: dict[str, ProcessGroup] = {}
-    seen: set[tuple[int, ...]] = set()
+    seen: list[set[int]] = []
     for source in _SOURCES:
         for name, group in source.groups(root).items():
-            ranks = tuple(dist.get_process_group_ranks(group))
-            # A mesh without names means what an earlier source said of the same ranks.
-            if ranks not in seen and name not in found:
+            ranks = set(dist.get_process_group_ranks(group))
+            if name not in found and all(len(ranks & others) == 1 for others in seen):
                 found[name] = group
-                seen.add(ranks)
+                seen.append(ranks)
     return found
 
 
@@ -103,10 +120,12 @@ def resolve(known: Known) -> ActivationLayout:
 
     Raises:
         HintError: a hint that does not fit.
+        LayoutError: a part of a sequence that is not two chunks.
     """
     layout = ActivationLayout(
         tuple(_one_dim(known, name, size) for name, size in known.sizes.items())
     )
+    _check_chunks(layout, known)
     if known.expected_shape is not None:
         layout = apply_expected_shape(layout, known.local_shape, known.expected_shape, known.where)
     return layout
@@ -120,44 +139,68 @@ def _one_dim(known: Known, name: str, size: int) -> DimLayout:
         gradient = gradient or known.told.gradient
     if value is None and name in known.marks:
         value = to_placement(_among_nested(known, name))
-    if name == "dp":
-        return _data_parallel(value, gradient, size, known)
+    if name in _OWN_LOSS:
+        return _own_loss(name, value, gradient, size, known)
     return DimLayout(
         name, size, value, gradient or gradient_of(value), shard_sizes=known.uneven.get(name)
     )
 
 
-def _data_parallel(
-    value: Placement | None, gradient: Placement | None, size: int, known: Known
+def _own_loss(
+    name: str, value: Placement | None, gradient: Placement | None, size: int, known: Known
 ) -> DimLayout:
     """Each rank's gradient is that of its own loss: averaged, or summed, over the ranks."""
+    zigzag = name == "cp" and known.zigzag
     if isinstance(value, Replicate):
         reduced = Partial("avg") if known.loss == "mean" else Partial("sum")
-        return DimLayout("dp", size, value, gradient or reduced)
-    scale = 1.0 / size if known.loss == "mean" else 1.0
+        return DimLayout(name, size, value, gradient or reduced, zigzag=zigzag)
     return DimLayout(
-        "dp",
+        name,
         size,
         value,
         gradient or gradient_of(value),
-        shard_sizes=known.uneven.get("dp"),
-        gradient_scale=scale,
+        shard_sizes=known.uneven.get(name),
+        gradient_scale=1.0 / size if known.loss == "mean" else 1.0,
+        zigzag=zigzag,
     )
+
+
+def _check_chunks(layout: ActivationLayout, known: Known) -> None:
+    """In zig-zag order a rank's part of each block is two chunks of one length."""
+    shape = list(known.local_shape)
+    for dim in reversed(layout.dims):
+        if dim.value is None or not is_sharded(dim.value):
+            continue
+        at, blocks = shard_dim(dim.value), block_count(dim.value)
+        if dim.zigzag and shape[at] % (2 * blocks):
+            raise LayoutError(
+                f"{known.where}: over {dim.name} ({dim.size} ranks) dim {at} of the local tensor "
+                f"{tuple(known.local_shape)} holds {shape[at] // blocks} entries of the sequence, "
+                "which are no two chunks of one length. Pad the whole sequence to a multiple of "
+                f'{2 * dim.size}, or pass FlexModel(..., context_order="contiguous") if each rank '
+                "holds one piece of it."
+            )
+        shape[at] = dim.whole_length(shape[at])
 
 
 def _among_nested(known: Known, name: str) -> Mark:
     """The mark with blocks counted on the tensor as it is when its turn to be assembled comes.
 
-    Tensor-parallel parts are assembled before data-parallel ones; if both cut one tensor dim and
-    the former lies in front, it multiplies the blocks that the latter sees.
+    Parts over inner mesh dims are assembled before those over outer ones; if both cut one tensor
+    dim and the former lies in front, it multiplies the blocks that the latter sees.
     """
-    mark, inner = known.marks[name], known.marks.get("tp")
+    mark = known.marks[name]
     if isinstance(mark, OneOf):
         return _chosen_by_hint(mark, known, name)
-    both = name == "dp" and isinstance(mark, Cut) and isinstance(inner, Cut)
-    if both and mark.dim == inner.dim and inner.outer < mark.outer:  # type: ignore[union-attr]
-        return Cut(mark.dim, mark.outer * known.sizes["tp"])  # type: ignore[union-attr]
-    return mark
+    if not isinstance(mark, Cut):
+        return mark
+    names = list(known.sizes)
+    blocks = mark.outer
+    for inner in names[names.index(name) + 1 :]:
+        other = known.marks.get(inner)
+        if isinstance(other, Cut) and other.dim == mark.dim and other.outer < mark.outer:
+            blocks *= known.sizes[inner]
+    return Cut(mark.dim, blocks)
 
 
 def _chosen_by_hint(mark: OneOf, known: Known, name: str) -> Mark:

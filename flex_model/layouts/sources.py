@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["Side", "Site", "Source", "Told", "loaded", "spread"]
+__all__ = ["Dispatch", "Side", "Site", "Source", "Told", "loaded", "spread"]
 
 Side = Literal["input", "output"]
 
@@ -49,6 +49,30 @@ class Told:
 
     value: Placement
     gradient: Placement | None
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """A place where tokens are sent to the ranks of the experts that they chose, and taken back.
+
+    Attributes:
+        boundary: path of the module around it: its first output lies as its first input does.
+        experts: path of the module that runs the experts: the boundary, or a module inside.
+        ranks: how many ranks the experts are shared out over.
+        numbered_anew: whether every rank counts its experts from zero, so that the same path names
+            another expert on each.
+        instead: what can be hooked in place of a module inside.
+    """
+
+    boundary: str
+    experts: str
+    ranks: int
+    numbered_anew: bool
+    instead: str
+
+    def inside(self, name: str) -> bool:
+        """Whether a module (or parameter) lies between sending and taking back."""
+        return name != self.boundary and f"{name}.".startswith(f"{self.experts}.")
 
 
 class Source(Protocol):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from flex_model.layouts.marks import FOREIGN, TERM, UNKNOWN, WHOLE, Cut, Mark, OneOf, one_of
 from flex_model.layouts.propagation import Call, has_rule, propagate
 
-__all__ = ["LayoutTrace"]
+__all__ = ["LayoutTrace", "paused", "running"]
 
 # Functional collectives name their reduction and their group, both as strings.
 _REDUCE_OPERATIONS = frozenset({"sum", "avg", "product", "min", "max", "band", "bor", "bxor"})
@@ -84,8 +84,9 @@ class LayoutTrace(TorchDispatchMode):
     def marks_of(self, tensor: Tensor) -> dict[str, Mark]:
         """How a tensor lies, by mesh dim; FOREIGN for one the trace never saw."""
         found = dict(zip(self._names, self._lookup(tensor), strict=True))
-        if isinstance(tensor, nn.Parameter) and "dp" in found:
-            found["dp"] = WHOLE  # a parameter never follows the batch, however FSDP got it here
+        if isinstance(tensor, nn.Parameter):
+            # A parameter never follows batch or sequence, however FSDP got it here.
+            found.update((name, WHOLE) for name in ("dp", "cp") if name in found)
         if isinstance(tensor, DTensor):
             found.update(self._dtensor_marks(tensor))
         return found
@@ -100,7 +101,7 @@ class LayoutTrace(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what runs inside (an editing function, our own collectives)."""
+        """Leave out what runs inside."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -113,32 +114,21 @@ class LayoutTrace(TorchDispatchMode):
         A DTensor that is redistributed or opened passes no operation that names it: its local
         tensor comes out of collectives on chunks, or as it is. So these two are followed by name.
         """
-        self._originals = (DTensor.redistribute, DTensor.to_local)
-        DTensor.redistribute = self._following_redistribute(DTensor.redistribute)  # type: ignore[method-assign]
-        DTensor.to_local = self._following_to_local(DTensor.to_local)  # type: ignore[method-assign]
+        if not _running:
+            _follow_dtensors()
+        _running.append(self)
         self.__enter__()
 
     def stop(self) -> None:
         """Leave torch as it was."""
         self.__exit__(None, None, None)
-        DTensor.redistribute, DTensor.to_local = self._originals  # type: ignore[method-assign]
+        _running.remove(self)
+        if not _running:
+            DTensor.redistribute, DTensor.to_local = _originals.pop()  # type: ignore[method-assign]
 
-    def _following_redistribute(self, original: Callable[..., DTensor]) -> Callable[..., DTensor]:
-        def redistribute(tensor: DTensor, *args: Any, **kwargs: Any) -> DTensor:
-            before = self.marks_of(tensor)
-            result = original(tensor, *args, **kwargs)
-            self.mark(result, {**before, **self._dtensor_marks(result)})
-            return result
-
-        return redistribute
-
-    def _following_to_local(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def to_local(tensor: DTensor, *args: Any, **kwargs: Any) -> Tensor:
-            local = original(tensor, *args, **kwargs)
-            self.mark(local, self.marks_of(tensor))
-            return local
-
-        return to_local
+    def mark_redistributed(self, result: DTensor, before: Mapping[str, Mark]) -> None:
+        """State how a DTensor lies that came of another."""
+        self.mark(result, {**before, **self._dtensor_marks(result)})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -309,6 +299,46 @@ class LayoutTrace(TorchDispatchMode):
             return known
         # A lone number from outside (an epsilon, a scale) is a constant of the program.
         return (WHOLE if tensor.numel() == 1 else FOREIGN,) * len(self._names)
+
+
+# Those that watch now: of several FlexModels around one model, each has its own.
+_running: list[LayoutTrace] = []
+_originals: list[tuple[Any, Any]] = []
+
+
+def running() -> Sequence[LayoutTrace]:
+    """The traces that watch now."""
+    return tuple(_running)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Leave out what runs inside (an editing function, our own collectives) of every trace."""
+    with ExitStack() as stack:
+        for trace in _running:
+            stack.enter_context(trace.paused())
+        yield
+
+
+def _follow_dtensors() -> None:
+    redistribute, to_local = DTensor.redistribute, DTensor.to_local
+    _originals.append((redistribute, to_local))
+
+    def redistributed(tensor: DTensor, *args: Any, **kwargs: Any) -> DTensor:
+        before = [(trace, trace.marks_of(tensor)) for trace in _running]
+        result = redistribute(tensor, *args, **kwargs)
+        for trace, marks in before:
+            trace.mark_redistributed(result, marks)
+        return result
+
+    def opened(tensor: DTensor, *args: Any, **kwargs: Any) -> Tensor:
+        local = to_local(tensor, *args, **kwargs)
+        for trace in _running:
+            trace.mark(local, trace.marks_of(tensor))
+        return local
+
+    DTensor.redistribute = redistributed  # type: ignore[method-assign, assignment]
+    DTensor.to_local = opened  # type: ignore[method-assign, assignment]
 
 
 def _lone_dims(tensor: Tensor, ndim: int) -> list[int]:

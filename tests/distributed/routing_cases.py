@@ -32,10 +32,21 @@ class Way:
     sizes: tuple[int, ...] | None = None
     gradient_scale: float = 1.0
 
+    @property
+    def zigzag(self) -> bool:
+        """Context-parallel ranks hold two chunks each."""
+        return self.dim == "cp"
+
     def layout(self, mesh: ParallelMesh) -> DimLayout:
         size = mesh.size(self.dim)
         return DimLayout(
-            self.dim, size, self.value, self.gradient, self.sizes, 1.0, self.gradient_scale
+            self.dim,
+            size,
+            self.value,
+            self.gradient,
+            self.sizes,
+            gradient_scale=self.gradient_scale,
+            zigzag=self.zigzag,
         )
 
 
@@ -51,6 +62,17 @@ def cut(whole: Tensor, placement: Placement, sizes: tuple[int, ...], rank: int) 
     blocks = whole.chunk(getattr(placement, "split_factor", 1), placement.dim)
     start = sum(sizes[:rank])
     return torch.cat([b.narrow(placement.dim, start, sizes[rank]) for b in blocks], placement.dim)
+
+
+def cut_in_zigzag(whole: Tensor, placement: Placement, size: int, rank: int) -> Tensor:
+    """The rank's chunk from the front, and the one as far from the back, of each block."""
+    if not is_cut(placement):
+        return whole
+    parts = []
+    for block in whole.chunk(getattr(placement, "split_factor", 1), placement.dim):
+        chunks = block.tensor_split(2 * size, placement.dim)
+        parts += [chunks[rank], chunks[-1 - rank]]
+    return torch.cat(parts, placement.dim)
 
 
 @dataclass
@@ -71,7 +93,9 @@ class Case:
         for way in self.ways:
             placement: Placement = getattr(way, of)
             size, rank = self.mesh.size(way.dim), self.mesh.coordinate(way.dim)
-            if is_cut(placement):
+            if is_cut(placement) and way.zigzag:
+                whole = cut_in_zigzag(whole, placement, size, rank)
+            elif is_cut(placement):
                 blocks = getattr(placement, "split_factor", 1)
                 even = (whole.shape[placement.dim] // blocks // size,) * size
                 whole = cut(whole, placement, way.sizes or even, rank)
@@ -120,6 +144,8 @@ def sharded_cases(mesh: ParallelMesh, count: int, dtype: torch.dtype) -> Iterato
             blocks, size, own = draw(1, 3), mesh.size(name), shape[at]
             # What two mesh dims cut comes in multiples of what the inner one made, if that is even.
             uneven = draw(0, 1) == 1 and (name == mesh.names[0] or dims.count(at) == 1)
+            if name == "cp":
+                uneven, own = False, 2 * own
             sizes = tuple(own * draw(0, 2) for _ in range(size)) if uneven else (own,) * size
             if sum(sizes) == 0:
                 sizes = (own, *sizes[1:])

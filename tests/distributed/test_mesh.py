@@ -173,7 +173,7 @@ def _adopted() -> None:
     assert len(made) == 1, f"only the dp group was missing, made {made}"
     # A framework that lays its ranks out the other way is told so, not joined wrongly.
     across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
-    with pytest.raises(ConfigurationError, match=r"\(pp, dp, tp\) order.*mesh="):
+    with pytest.raises(ConfigurationError, match=r"\(pp, dp, cp, tp\) order.*mesh="):
         build_mesh({"dp": 2}, None, {"tp": across}, "cpu")
     with pytest.raises(ConfigurationError, match="multiply to 2, but the job has 4 ranks"):
         build_mesh({}, None, {"tp": tp}, "cpu")

@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from routing_cases import (
     Case,
     Collectives,
     Way,
+    cut_in_zigzag,
     is_cut,
     rows,
     sharded_cases,
@@ -15,7 +18,9 @@ from routing_cases import (
 )
 from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
+from flex_model.distributed.collectives import slice_along
 from flex_model.distributed.mesh import ParallelMesh, build_mesh
 from flex_model.distributed.routing import assemble, assemble_on, disassemble
 from flex_model.testing.ranks import run_ranks
@@ -30,7 +35,7 @@ DTYPES = [
     torch.complex64,
     torch.complex128,
 ]
-MESHES = [{"tp": 2}, {"dp": 2, "tp": 2}, {"tp": 4}]
+MESHES = [{"tp": 2}, {"dp": 2, "tp": 2}, {"tp": 4}, {"cp": 2}, {"cp": 2, "tp": 2}]
 
 
 def _mesh(sizes: dict[str, int]) -> ParallelMesh:
@@ -75,6 +80,36 @@ def test_shards_of_every_shape_and_dtype_join_to_the_whole(sizes: dict[str, int]
     backend cannot send; re-sharding what was gathered gives the shard bit for bit.
     """
     run_ranks(_shards_join_and_part, _ranks(sizes), sizes)
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2))
+def test_zigzag_parts_hold_each_entry_once(ranks: int, blocks: int, chunk: int, dim: int) -> None:
+    """Catches a chunk that two ranks hold or none, or blocks joined across; empty ones too."""
+    shape = [2, 2, 2]
+    shape[dim] = 2 * ranks * blocks * chunk
+    whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    parts = [
+        slice_along(whole, dim, rank, ranks, blocks=blocks, zigzag=True) for rank in range(ranks)
+    ]
+    placement = _StridedShard(dim, split_factor=blocks)
+    for rank, part in enumerate(parts):
+        _equal(part, cut_in_zigzag(whole, placement, ranks, rank), f"part of rank {rank}")
+        assert part.is_contiguous()
+    assert torch.equal(torch.cat(parts).flatten().sort().values, whole.flatten())
+
+
+def _three_ranks_in_zigzag() -> None:
+    mesh = _mesh({"cp": 3})
+    for case in sharded_cases(mesh, 10, torch.float32):
+        local = case.part(case.whole)
+        _equal(assemble(local, case.layout, mesh), case.whole, f"gather, {case.ways}")
+        _equal(disassemble(case.whole, case.layout, mesh), local, f"re-shard, {case.ways}")
+
+
+def test_an_odd_number_of_ranks_in_zigzag() -> None:
+    """Catches an order that comes out right only where going there and back looks alike."""
+    run_ranks(_three_ranks_in_zigzag, 3)
 
 
 def _one_rank_gets_the_whole(sizes: dict[str, int]) -> None:
