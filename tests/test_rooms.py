@@ -27,7 +27,8 @@ FLOORS = (
     {"report"},
     {"capture", "importance", "sparsity", "interventions", "testing"},
     {"compress", "pruning"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 # The package itself is the face of the core.
 FACE = "core"

@@ -22,7 +22,7 @@ from flex_model.testing.table import grid_table, markdown_table
 from frameworks.rows import ROW_NAMES, row
 
 BEGIN, END = "<!-- the grid begins -->", "<!-- the grid ends -->"
-_TABLE_WIDTH = 152  # a narrower terminal wraps its lines, which reads better than cut numbers
+_TABLE_WIDTH = 190  # a narrower terminal wraps its lines, which reads better than cut numbers
 
 
 def main() -> int:
