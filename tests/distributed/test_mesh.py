@@ -67,8 +67,6 @@ def _refusals() -> None:
             from_device_mesh(unnamed)
     with pytest.raises(ConfigurationError, match=r"tp size 4 was given.*over 2 ranks"):
         build_mesh({"tp": 4}, None, {"tp": dist.group.WORLD}, "cpu")
-    with pytest.raises(ConfigurationError, match="not supported yet"):
-        FlexModel(model, {}, pipeline_parallel_size=2)
     with pytest.raises(ConfigurationError, match="keep=5"):
         FlexModel(model, {}, tensor_parallel_size=2, keep=5)
 
