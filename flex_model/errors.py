@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigurationError",
+    "CopyError",
     "EditError",
     "FlexModelError",
     "GradientPlacementError",
@@ -29,6 +30,10 @@ class FlexModelError(Exception):
 
 class ConfigurationError(FlexModelError, ValueError):
     """Sizes, mesh, process group or options of a FlexModel do not fit the job."""
+
+
+class CopyError(FlexModelError, TypeError):
+    """A FlexModel, or a model with its hooks on, cannot be copied or pickled in this way."""
 
 
 class RegistrationError(FlexModelError, ValueError):

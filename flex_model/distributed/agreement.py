@@ -18,7 +18,7 @@ from flex_model.distributed.collectives import exchanged
 from flex_model.distributed.control import ControlGroup
 from flex_model.distributed.look import difference
 from flex_model.distributed.mesh import ParallelMesh
-from flex_model.errors import RankDisagreementError
+from flex_model.errors import ConfigurationError, RankDisagreementError
 from flex_model.layouts.marks import FOREIGN, TERM, UNKNOWN, WHOLE, Cut, Mark, OneOf, one_of
 
 __all__ = ["StepFacts", "agree", "agree_on_hooks", "agree_on_length", "agree_on_marks", "word_for"]
@@ -76,6 +76,7 @@ def agree(control: ControlGroup, mesh: ParallelMesh, facts: StepFacts) -> tuple[
 
     Raises:
         RankDisagreementError: alike on every rank, listing what each one has.
+        ConfigurationError: the inputs have no dim ``batch_dim``.
     """
     all_facts = {
         rank: StepFacts.decoded(row, facts.batch_dim)
@@ -84,6 +85,11 @@ def agree(control: ControlGroup, mesh: ParallelMesh, facts: StepFacts) -> tuple[
     _check(mesh, all_facts)
     if mesh.size("dp") == 1 or not facts.input_shape:
         return ()
+    if facts.batch_dim >= len(facts.input_shape):
+        raise ConfigurationError(
+            f"batch_dim={facts.batch_dim}, but the model's input on rank {mesh.rank} has the sizes "
+            f"{facts.input_shape}. Give the dim of its inputs along which the batch lies."
+        )
     members = mesh.along("dp").ranks
     return tuple(all_facts[rank].input_shape[facts.batch_dim] for rank in members)
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
-
-import torch.distributed as dist
 
 __all__ = ["Beat"]
 
 _SECONDS = 1.0
 _DEPTH = 24
 # Where a thread stands that waits for other ranks: in a collective, or in a backward full of them.
-_WAITING = (("distributed_c10d.py", ""), ("graph.py", "_engine_run_backward"))
+_WAITING = (
+    ("distributed_c10d.py", ""),
+    ("_functional_collectives.py", ""),
+    ("graph.py", "_engine_run_backward"),
+)
+# Of a second: a process that uses more computes there, and does not wait.
+_IDLE = 0.1
 
 
 class Beat:
@@ -38,17 +43,20 @@ class Beat:
         """Stop; whether it was still beating."""
         was_beating = not self._ended.is_set()
         self._ended.set()
-        self._thread.join(2 * _SECONDS)
+        if self._thread is not threading.current_thread():  # whose garbage this may have been
+            self._thread.join(2 * _SECONDS)
         return was_beating
 
     def _run(self) -> None:
-        count = 0
+        count, used = 0, time.process_time()
         while not self._ended.wait(_SECONDS):
-            count += 1
+            count, before, used = count + 1, used, time.process_time()
+            idle = used - before < _IDLE * _SECONDS
+            stands_in = _blocked_in(sys._current_frames().get(self._watched)) if idle else ""
             try:
-                self._say(beat=count, blocked=_blocked_in(sys._current_frames().get(self._watched)))
+                self._say(beat=count, blocked=stands_in)
                 self.alarmed = self._alarm()
-            except (dist.DistError, RuntimeError):
+            except RuntimeError:
                 return  # the store has gone, and with it everyone who could read
 
 

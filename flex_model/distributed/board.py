@@ -114,6 +114,10 @@ class Board:
         told = {**vars(post), "wait": post.wait and vars(post.wait)}
         self._store.set(f"rank/{post.rank}", json.dumps(told))
 
+    def has_all(self, ranks: Iterable[int]) -> bool:
+        """Whether all of these ranks have said something."""
+        return bool(self._store.check([f"rank/{rank}" for rank in ranks]))
+
     def posts(self, ranks: Iterable[int]) -> dict[int, Post]:
         """What these ranks last said, with one question to the store."""
         ranks = tuple(ranks)

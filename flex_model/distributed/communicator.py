@@ -40,4 +40,4 @@ class Communicator:
         if self.watch is None or device.type != "cpu":
             work.wait()
         else:
-            self.watch.finish(work, self.group.group_name, self.ranks, self.group)
+            self.watch.finish(work, self.watch.enter(self.group.group_name, self.ranks), self.group)

@@ -41,6 +41,7 @@ class GradientMemory:
         placements: measured gradient placement by mesh dim.
         gather_backwards: gathers whose backward ran (a loss term on the gathered tensor does it);
             ranks compare it, for a term computed on some ranks only is a silently wrong gradient.
+            Behind an edit that is differentiated it runs on every rank, and does not show that.
     """
 
     where: str

@@ -14,7 +14,8 @@ from flex_model.errors import EditError
 
 __all__ = ["Line"]
 
-_LENGTH, _CONTENT = 0, 1
+# Of each message: its length and its content.
+_TAGS = 2
 
 
 class Line:
@@ -31,6 +32,7 @@ class Line:
         self._ranks = [mesh.rank_at("pp", stage) for stage in range(self.stages)]
         self._group = group
         self._under_way: list[tuple[Transfer, Tensor]] = []
+        self._given_up = 0
 
     @property
     def others(self) -> list[int]:
@@ -52,8 +54,8 @@ class Line:
         """
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-        for tag, tensor in ((_LENGTH, torch.tensor([len(packed)])), (_CONTENT, packed)):
+        packed = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+        for tensor, tag in zip((torch.tensor([len(packed)]), packed), self._tags(), strict=True):
             self._under_way.append((self._group.send(tensor, self._ranks[stage], tag), tensor))
 
     def receive(self, stage: int, what: str) -> Any:
@@ -66,23 +68,35 @@ class Line:
         Raises:
             EditError: it holds objects of other types.
         """
+        of_length, of_content = self._tags()
         length = torch.zeros(1, dtype=torch.int64)
-        self._group.receive(length, self._ranks[stage], _LENGTH)
-        packed = torch.empty(int(length), dtype=torch.uint8)
-        self._group.receive(packed, self._ranks[stage], _CONTENT)
+        self._group.receive(length, self._ranks[stage], of_length)
+        content = bytearray(int(length))
+        packed = torch.frombuffer(content, dtype=torch.uint8)
+        self._group.receive(packed, self._ranks[stage], of_content)
         try:
-            return torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+            return torch.load(io.BytesIO(content), weights_only=True)
         except Exception as error:
             raise EditError(
                 f"{what} of pipeline stage {stage} holds what cannot pass between stages: {error} "
                 "Store tensors, numbers, strings, and lists, tuples and dicts of them."
             ) from error
 
-    def shared(self, own: Tensor | None, stage: int) -> Tensor:
-        """A CPU tensor that one stage has, on every stage."""
-        if own is None or stage != self.stage:
-            received: Tensor = self.receive(stage, "a parameter")
-            return received
+    def exchange(self, own: Any, what: str) -> list[Any]:
+        """What every stage has, in stage order. Collective."""
+        for stage in self.others:
+            self.send(stage, own)
+        told = [
+            own if stage == self.stage else self.receive(stage, what)
+            for stage in range(self.stages)
+        ]
+        self.finish()
+        return told
+
+    def shared(self, own: Any, stage: int, what: str) -> Any:
+        """What one stage has, on every stage."""
+        if stage != self.stage:
+            return self.receive(stage, what)
         for other in self.others:
             self.send(other, own)
         self.finish()
@@ -93,3 +107,12 @@ class Line:
         while self._under_way:
             transfer, _ = self._under_way.pop(0)
             self._group.finish(transfer)
+
+    def give_up(self) -> None:
+        """Nothing of what is under way now is ever to be taken for what is sent later."""
+        self._under_way = []
+        self._given_up += 1
+
+    def _tags(self) -> range:
+        first = _TAGS * self._given_up
+        return range(first, first + _TAGS)

@@ -15,12 +15,13 @@ __all__ = ["Look", "difference"]
 # may have ended with its part done, and a whole job may be stopped and go on.
 _SETTLED = 1.0
 _DETACHED = _CIRCLE = 2.5
+_PASSED, _BLOCKED = 0.3, 1.5
 _STOPPED = 6.0
 # Without a sign of life from a process that cannot be looked at: long, for a rank whose editing
 # function holds the interpreter gives none either. A broken connection makes it likely.
 _SILENT, _SILENT_AND_BROKEN = 30.0, 3.5
 # Between two looks at every rank's post, so that a thousand ranks do not swamp their store.
-_PAUSE = 0.5
+_PAUSE, _PAUSE_IN_FAILING = 0.5, 0.1
 _RANKS_A_SECOND = 64
 
 
@@ -31,13 +32,22 @@ class Look:
         board: where ranks post.
         rank: the rank that waits.
         ranks: all that the model is spread over.
+        stage: of them those that run the same hooks.
         patience: seconds that a peer may stand in another collective before it counts as stuck.
     """
 
-    def __init__(self, board: Board, rank: int, ranks: Sequence[int], patience: float) -> None:
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        ranks: Sequence[int],
+        stage: Sequence[int],
+        patience: float,
+    ) -> None:
         self._board = board
         self._rank = rank
         self._others = tuple(r for r in ranks if r != rank)
+        self._stage = frozenset(stage)
         self._patience = patience
         self._space = space()
         self._pause = max(_PAUSE, len(ranks) / _RANKS_A_SECOND)
@@ -64,14 +74,28 @@ class Look:
         posts = self._board.posts(self._others)
         return self._parted(own, posts) or self._gone(posts.values(), broken)
 
-    def waited_for(self, own: Post) -> bool:
-        """Whether a rank has passed what this one is at, and waits for it further on."""
+    def past(self, own: Post) -> bool:
+        """Whether another rank can no longer fail as this one just did: it is further on, or gone.
+
+        One that is busy may still come by.
+        """
+        now = time.monotonic()
+        if now - self._looked < _PAUSE_IN_FAILING:
+            return False
+        self._looked = now
         posts = self._board.posts(self._others)
-        return any(
-            (own.rank in _missing(post, {own.rank: own}) and self._lasts((rank, post.wait), 0.3))
-            or (post.blocked and self._lasts((rank, post.blocked), 1.5))
-            for rank, post in posts.items()
+        return (
+            bool(self._board.faults(self._others))
+            or any(self._waits_for(own, post) for post in posts.values())
+            or self._gone(posts.values(), broken=True) is not None
         )
+
+    def _waits_for(self, own: Post, peer: Post) -> bool:
+        """Whether a rank waits where this one would yet have to come."""
+        here = {own.rank: own}
+        if own.rank in _missing(peer, here) and self._lasts((peer.rank, peer.wait), _PASSED):
+            return True
+        return bool(peer.blocked) and self._lasts((peer.rank, peer.blocked), _BLOCKED)
 
     # -- ranks that are no more ------------------------------------------------------------
 
@@ -116,17 +140,23 @@ class Look:
         return Fault(own.rank, wait.where, circle, disagreement=True) if circle else None
 
     def _elsewhere(self, own: Post, wait: Wait, peer: Post) -> str | None:
-        step = _last_step(own)
-        here, there = own.runs_at(step), peer.runs_at(step)
-        if here is not None and there is not None and here != there:
-            named = difference(self._board, {own.rank: here, peer.rank: there})
-            return f"ranks run different hooks in forward {step}: {named}."
+        """How a peer has come to stand anywhere but in this rank's collective."""
         if _in_its_place(wait, peer):
             return f"rank {peer.rank} is at {peer.wait.where} in its place. {_SAME_WAY}"  # type: ignore[union-attr]
         if peer.entered.get(wait.group, 0) >= wait.number:
             return None  # it has come, and done its part or is about to
+        step = _last_step(own)
+        here, there = own.runs_at(step), peer.runs_at(step)
+        differ = peer.rank in self._stage and here and there and here != there
+        if differ and self._lasts((peer.rank, there), _SETTLED):
+            named = difference(self._board, {own.rank: str(here), peer.rank: str(there)})
+            return f"ranks run different hooks in forward {step}: {named}."
+        return self._away(peer)
+
+    def _away(self, peer: Post) -> str | None:
+        """How a peer that has not come shows that it will not."""
         if peer.left and self._lasts((peer.rank, "left"), _SETTLED):
-            return f"rank {peer.rank} has ended its program, or its FlexModel. {_SAME_WAY}"
+            return f"rank {peer.rank} has ended its program, or dropped its FlexModel. {_SAME_WAY}"
         if not peer.attached and self._lasts((peer.rank, "detached"), _DETACHED):
             return f"rank {peer.rank} has restored its model. Restore on every rank, or on none."
         stuck = peer.blocked and not peer.wait
@@ -166,7 +196,12 @@ def difference(board: Board, what: Mapping[int, str]) -> str:
         differs = differs or bool(extra)
     if differs:
         return "; ".join(parts)
-    return ", ".join(f"rank {rank}: {word}" for rank, word in what.items()) + " (in another order)"
+    orders = list(zip(*lines.values(), strict=False))
+    at = next((i for i, here in enumerate(orders) if len(set(here)) > 1), None)
+    if at is None:
+        return ", ".join(f"rank {rank}: {word}" for rank, word in what.items())
+    told = ", ".join(f"{line} on rank {rank}" for rank, line in zip(lines, orders[at], strict=True))
+    return f"in another order, number {at} being {told}"
 
 
 def _in_its_place(wait: Wait, peer: Post) -> bool:

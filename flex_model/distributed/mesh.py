@@ -1,7 +1,7 @@
-"""The ranks of a job: pipeline, data and tensor dims on one torch ``DeviceMesh``.
+"""The ranks of a job: pipeline, data, context and tensor dims on one torch ``DeviceMesh``.
 
-Rank order is (pp, dp, tp), tp fastest, as in flex-model 0.1.0 and Megatron. Process groups that a
-framework already made are adopted; only what no framework made is created here.
+Rank order is (pp, dp, cp, tp), tp fastest, as in flex-model 0.1.0 and Megatron. Process groups that
+a framework already made are adopted; only what no framework made is created here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flex_model.errors import ConfigurationError
 
 __all__ = ["MESH_DIMS", "ParallelMesh", "build_mesh", "watched"]
 
-MESH_DIMS = ("pp", "dp", "tp")
+MESH_DIMS = ("pp", "dp", "cp", "tp")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class ParallelMesh:
         assembly: all of them on a CPU group of FlexModel's own, once `watched`.
         control: of them those that pass the same modules: this rank's pipeline stage.
         watch: the watch kept while waiting, once `watched`.
+        simulated: whether this process stands for all ranks (torch's backend "fake"): there is
+            nobody to wait for, and no other rank's values to compare with.
     """
 
     device_mesh: DeviceMesh | None = None
@@ -49,6 +51,7 @@ class ParallelMesh:
     assembly: ControlGroup | None = None
     control: ControlGroup | None = None
     watch: Watch | None = None
+    simulated: bool = False
     _groups: Mapping[str, ProcessGroup] = field(default_factory=dict)
     _places: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
@@ -83,35 +86,42 @@ class ParallelMesh:
 
 
 def watched(mesh: ParallelMesh, store: Store | None, patience: float) -> ParallelMesh:
-    """The mesh with a watch over its ranks. Collective; a single process has nothing to watch.
+    """The mesh with a watch over its ranks. Collective; a single process has nothing to watch, nor
+    have simulated ranks.
 
     Args:
         mesh: the job's ranks.
         store: that all of them reach; None for the job's own.
         patience: seconds that a rank may stand in another collective before it counts as stuck.
     """
-    if not mesh.names:
+    if not mesh.names or mesh.simulated:
         return mesh
-    store = _own_connection(store or _get_default_store())
+    store = store or _get_default_store()
+    posts = _connection_for_posts(store)
     ranks, own = mesh.ranks, mesh.rank
     spelled = "-".join(map(str, ranks))
     # Each rank counts the FlexModels it built on these ranks: the same number on all of them.
-    name = f"flex_model/{spelled}/{store.add(f'flex_model/{spelled}/built by {own}', 1)}"
-    watch = Watch(Board(store, name), own, ranks, patience)
-    assembly = ControlGroup(store, f"{name}/all", ranks, watch)
+    name = f"flex_model/{spelled}/{posts.add(f'flex_model/{spelled}/built by {own}', 1)}"
     stage = tuple(r for r in ranks if mesh.coordinate_of(r, "pp") == mesh.coordinate("pp"))
+    watch = Watch(Board(posts, name), own, ranks, stage, patience)
+    watch.meet()
+    assembly = ControlGroup(store, f"{name}/all", ranks, watch)
     control = assembly
     if len(stage) < len(ranks):
         control = ControlGroup(store, f"{name}/{mesh.coordinate('pp')}", stage, watch)
     seen = replace(mesh, watch=watch, assembly=assembly, control=control)
-    weakref.finalize(seen, watch.close)
+    weakref.finalize(seen, watch.close).atexit = False  # then the watch knows more to say
     return seen
 
 
-def _own_connection(store: Store) -> Store:
-    """Apart from torch's own, which its watchdogs may hold for long."""
-    own: Store = store.clone()  # type: ignore[attr-defined]
-    return own
+_CONNECTIONS: weakref.WeakKeyDictionary[Store, Store] = weakref.WeakKeyDictionary()
+
+
+def _connection_for_posts(store: Store) -> Store:
+    """One apart from torch's own, on which a group that is being made waits for late ranks."""
+    if store not in _CONNECTIONS:
+        _CONNECTIONS[store] = store.clone()  # type: ignore[attr-defined]
+    return _CONNECTIONS[store]
 
 
 def build_mesh(
@@ -123,7 +133,7 @@ def build_mesh(
     """The mesh of a job from its sizes, adopting the groups that frameworks made.
 
     Args:
-        sizes: ranks along "pp", "dp", "tp"; 1 where left out.
+        sizes: ranks along "pp", "dp", "cp", "tp"; 1 where left out.
         process_group: the ranks the model is spread over; None for the whole world.
         adopted: groups read off the model, by mesh dim.
         device_type: "cpu", "cuda", ...
@@ -183,7 +193,7 @@ def _on_ranks(
     adopted: Mapping[str, ProcessGroup],
     device_type: str,
 ) -> ParallelMesh:
-    """Lay the ranks out (pp, dp, tp); take adopted groups where they fit, make the missing."""
+    """Lay the ranks out; take adopted groups where they fit, make the missing."""
     names = tuple(name for name in MESH_DIMS if sizes.get(name, 1) > 1)
     shape = tuple(sizes[name] for name in names)
     layout = torch.tensor(ranks).view(shape)
@@ -224,6 +234,7 @@ def _wrapped(
         names=names,
         ranks=ranks,
         everyone=everyone,
+        simulated=dist.get_backend(everyone) == "fake",
         _groups={name: mesh.get_group(name) for name in names},
         # Groups count their members in the order of global ranks, whatever the mesh's order.
         _places={
@@ -255,7 +266,8 @@ def _check_row(layout: torch.Tensor, axis: int, name: str, group: ProcessGroup) 
     if due != found:
         raise ConfigurationError(
             f"The framework's {name} group of rank {dist.get_rank()} is {found}, but in "
-            f"(pp, dp, tp) order it would be {due}. Pass the job's DeviceMesh as mesh=..."
+            f"({', '.join(MESH_DIMS)}) order it would be {due}. Pass the job's DeviceMesh as "
+            "mesh=..."
         )
 
 
@@ -283,7 +295,8 @@ def _product(sizes: Mapping[str, int]) -> int:
 
 
 def _spelled(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{name}={sizes.get(name, 1)}" for name in MESH_DIMS)
+    given = [name for name in MESH_DIMS if name != "cp" or sizes.get(name, 1) > 1]
+    return " x ".join(f"{name}={sizes.get(name, 1)}" for name in given)
 
 
 def device_type_of(module: nn.Module) -> str:

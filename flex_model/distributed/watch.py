@@ -43,6 +43,7 @@ _ALIKE_SECONDS = 10.0
 _BEHIND_SECONDS = 8.0
 _MAX_RUNS = 16
 _LONGEST_CAUSE = 2000
+_ANSWER = "_flex_model_answer"
 
 
 class Waitable(Protocol):
@@ -59,7 +60,8 @@ class Watch:
     Args:
         board: where ranks post.
         rank: this one.
-        ranks: all that run the same hooks.
+        ranks: all that the model is spread over.
+        stage: of them those that run the same hooks: this one's pipeline stage.
         patience: seconds that a peer may stand in another collective before it counts as stuck.
 
     Attributes:
@@ -67,11 +69,19 @@ class Watch:
             sets it.
     """
 
-    def __init__(self, board: Board, rank: int, ranks: Sequence[int], patience: float) -> None:
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        ranks: Sequence[int],
+        stage: Sequence[int],
+        patience: float,
+    ) -> None:
         self.where = "construction"
         self.board = board
         self._rank = rank
         self._ranks = tuple(ranks)
+        self._stage = tuple(stage)
         self._patience = patience
         self._entered: dict[str, int] = {}
         self._hooked: set[object] = set()
@@ -79,7 +89,6 @@ class Watch:
         # Reentrant: a FlexModel may be collected, and take its leave, in the midst of anything.
         self._lock = threading.RLock()
         self._over: FlexModelError | None = None
-        self._told: tuple[BaseException | None, Exception | None] = (None, None)
         board.put(self._post)
         self._beat = Beat(self._say, board.any_fault)
         _OPEN.add(self)
@@ -120,35 +129,62 @@ class Watch:
 
     def close(self, uncaught: BaseException | None = None) -> None:
         """Take leave: in good order, or with what ended the program."""
-        if not self._beat.end() or self._over is not None:
+        if self._is_fork() or not self._beat.end() or self._over is not None:
             return
-        with suppress(dist.DistError):  # the store may have gone before
+        with suppress(RuntimeError):  # the store may have gone before
             if uncaught is not None:
                 fault = Fault(self._rank, _at(uncaught), _cause(uncaught), told_by=self._rank)
                 self.board.report(fault)
             self._say(left=True)
 
+    def meet(self) -> None:
+        """Wait until every rank has come to build this FlexModel.
+
+        A process group that is being made looks at nobody, so it is made when all are there.
+
+        Raises:
+            RankFailedError: under another FlexModel of these ranks one is known to have failed.
+        """
+        pause = 0.001
+        looks = [(w, w._look()) for w in list(_OPEN) if w is not self and w._over is None]
+        while not self.board.has_all(self._ranks):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+            for watch, look in looks:
+                fault = watch._asked(look)
+                if fault is not None:
+                    raise self._stopped(fault)
+
     # -- waiting ---------------------------------------------------------------------------
 
-    def finish(self, work: Waitable, name: str, members: Sequence[int], group: object) -> None:
+    def enter(self, name: str, members: Sequence[int], where: str | None = None) -> Wait:
+        """Count a collective of ours as begun on this rank; what to post of it in waiting.
+
+        Args:
+            name: of the group, the same on its ranks.
+            members: global ranks that take part.
+            where: what it is for, the same on all of them; None for where this rank is at.
+        """
+        number = self._entered[name] = self._entered.get(name, 0) + 1
+        return Wait(name, tuple(members), number, where or self.where)
+
+    def finish(self, work: Waitable, wait: Wait, group: object) -> None:
         """Wait for a collective of ours on the CPU.
 
         Args:
             work: the collective, begun asynchronously.
-            name: of the group, the same on its ranks.
-            members: global ranks that take part.
+            wait: what was entered.
             group: the group itself, which has to outlive a collective that is given up.
 
         Raises:
             RankFailedError: a peer has failed or ended.
             RankDisagreementError: a peer will not come, since it runs something else.
         """
-        number = self._entered[name] = self._entered.get(name, 0) + 1
         look: Look | None = None
         while not self._finished(work, look):
             if look is None:
                 look = self._look()
-                self._say(wait=Wait(name, tuple(members), number, self.where))
+                self._say(wait=wait)
             fault = self._asked(look)
             if fault is not None:
                 _keep_for_good(work, group)
@@ -178,16 +214,20 @@ class Watch:
             if fault is not None:
                 return fault
             time.sleep(0.1)
-        return Fault(self._rank, self.where, f"the connection to another rank broke: {error}")
+        return Fault(self._rank, self.where, f"its connection to another rank broke: {error}")
+
+    def _now(self) -> Post:
+        """What this rank posted last, with what it has entered since."""
+        return replace(self._post, entered=self._entered)
 
     def _look(self) -> Look:
-        return Look(self.board, self._rank, self._ranks, self._patience)
+        return Look(self.board, self._rank, self._ranks, self._stage, self._patience)
 
     def _asked(self, look: Look, broken: bool = False) -> Fault | None:
         """Why this rank waits in vain, be it that nobody can be asked any more."""
         try:
             return look.in_vain(self._post, broken)
-        except dist.DistError as error:
+        except RuntimeError as error:
             cause = (
                 "the store in which ranks tell each other of faults is gone, and with it the "
                 f"process that hosted it: rank 0, unless a launcher did ({error})."
@@ -207,39 +247,38 @@ class Watch:
             where: the hook point, or what else failed; the same on every rank.
             error: what was raised there.
         """
-        told, answer = self._told
-        if told is error and answer is not None:
-            return answer
+        if hasattr(error, _ANSWER):  # on its way out it passes several places that tell
+            return getattr(error, _ANSWER) or error
         if self._over is not None:
             return error
         answer = self._answer(where, error)
-        self._told = (error, answer)
+        _remember(error, answer)
         return answer
 
     def _answer(self, where: str, error: Exception) -> Exception:
         if _is_broken_connection(error):
             return self._stopped(self._behind(error))
-        with suppress(dist.DistError):  # a store that is gone tells nobody anything
+        with suppress(RuntimeError):  # a store that is gone tells nobody anything
             others = self._faults_of_others()
             if others:
                 return self._stopped(others[0])
             if not self._all_alike(where, error):
-                self._leave(Fault(self._rank, where, _cause(error)))
+                differ = isinstance(error, RankDisagreementError)
+                self._leave(Fault(self._rank, where, _cause(error), disagreement=differ))
         return error
 
     def _all_alike(self, where: str, error: Exception) -> bool:
         """Whether every rank fails so, now: waits for those that are behind."""
         event = f"{self.step}/{zlib.crc32(f'{where} {type(error).__name__}'.encode())}"
         deadline = time.monotonic() + _ALIKE_SECONDS
-        self._say()  # what this rank has entered, so that it shows who waits for it
-        look = self._look()
+        looks = [(watch, watch._look()) for watch in list(_OPEN)]
         count = self.board.count(event)
         # Failing alike again in one forward adds up: a multiple of the ranks is all of them.
         due = -(-count // len(self._ranks)) * len(self._ranks)
         while count < due and time.monotonic() < deadline:
             time.sleep(0.01)
             count = self.board.counted(event)
-            if look.past(self._post):
+            if any(look.past(watch._now()) for watch, look in looks):
                 return False
         return count >= due
 
@@ -258,10 +297,10 @@ class Watch:
         if fault.disagreement:
             error: FlexModelError = RankDisagreementError(f"Ranks disagree: {fault}")
         else:
-            error = RankFailedError(
-                f"rank {self._rank} stopped at {self.where}, for another rank failed: {fault}"
-            )
-        self._told, self._over = (error, error), error
+            cause = fault.cause if fault.rank == self._rank else f"another rank failed: {fault}"
+            error = RankFailedError(f"rank {self._rank} stopped at {self.where}, for {cause}")
+        self._over = error
+        _remember(error, error)
         return error
 
     def _leave(self, fault: Fault) -> None:
@@ -270,7 +309,7 @@ class Watch:
         A group that something still refers to lives on, as gloo has it, until the process ends.
         """
         for watch in list(_OPEN):
-            with suppress(dist.DistError):
+            with suppress(RuntimeError):
                 watch.board.report(replace(fault, told_by=watch._rank))
             watch._over = watch._over or RankFailedError(
                 f"rank {self._rank} has left its process groups, after: {fault} Start the job anew."
@@ -278,9 +317,15 @@ class Watch:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def _is_fork(self) -> bool:
+        """Whether this is another process than the rank's, such as a data loader's worker."""
+        return os.getpid() != self._post.pid
+
     def _say(self, **changes: object) -> None:
         """Post; a store that is gone is found out by whoever waits for an answer."""
-        with self._lock, suppress(dist.DistError):  # the beat speaks from a thread of its own
+        if self._is_fork():
+            return
+        with self._lock, suppress(RuntimeError):  # the beat speaks from a thread of its own
             told = {"entered": dict(self._entered), **changes}
             self._post = replace(self._post, **told)  # type: ignore[arg-type]
             self.board.put(self._post)
@@ -297,8 +342,10 @@ def _end_of_program() -> None:
         watch.close(uncaught)
 
 
-@os.register_at_fork  # type: ignore[call-arg]
-def _in_a_fork() -> None: ...
+def _remember(error: Exception, answer: Exception) -> None:
+    """Note on an exception, not beside it, what it became: its traceback holds activations."""
+    with suppress(AttributeError):  # a class with slots takes no note
+        setattr(error, _ANSWER, None if answer is error else answer)
 
 
 def _at(error: BaseException) -> str:
@@ -308,7 +355,8 @@ def _at(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()[:_LONGEST_CAUSE]
+    told = "".join(traceback.format_exception_only(error)).strip()
+    return told.removeprefix(f"{type(error).__module__}.")[:_LONGEST_CAUSE]
 
 
 def _is_broken_connection(error: Exception) -> bool:
