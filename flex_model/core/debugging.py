@@ -48,7 +48,10 @@ def checked_edit(
             expected = disassemble(_on_whole(invoke, before, local, session), local, session.mesh)
             _compare(result, expected, invoke, where)
     if _has_nan(result) and not _has_nan(before):
-        raise EditError(f"{where}: {_name(invoke)} made a NaN of an input without one.")
+        raise EditError(
+            f"{where}: {_name(invoke)} made a NaN of an input {tuple(before.shape)} without one. "
+            "Edits keep values finite; debug=False lets NaNs pass."
+        )
     return result
 
 

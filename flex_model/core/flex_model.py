@@ -8,13 +8,15 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Store
 from torch.distributed.device_mesh import DeviceMesh
 
+from flex_model.core.arguments import check_options, whole_sizes
 from flex_model.core.groups import ALL, HookGroups, Members
 from flex_model.core.hook_function import EditingFunction, HookFunction
 from flex_model.core.hook_point import Kind
@@ -30,7 +32,13 @@ from flex_model.distributed.mesh import (
     from_device_mesh,
     watched,
 )
-from flex_model.errors import ConfigurationError, GroupError, LayoutError, RegistrationError
+from flex_model.errors import (
+    ConfigurationError,
+    CopyError,
+    GroupError,
+    LayoutError,
+    RegistrationError,
+)
 from flex_model.layouts.experts import refused
 from flex_model.layouts.names import named_modules, named_parameters, plain_name
 from flex_model.layouts.resolve import ContextOrder, Loss, groups_of
@@ -58,7 +66,9 @@ class FlexModel(nn.Module):
         pipeline_parallel_size: pipeline stages.
         data_parallel_size: replicas that get different batches.
         process_group: the ranks that hold the model; None for all.
-        context_parallel_size: keyword only. Ranks that hold parts of each sequence.
+        context_parallel_size: keyword only. Ranks that hold parts of each sequence. Hooks see whole
+            sequences in the order of positions; but what the model itself gathers over these ranks
+            they see in the order that it has there.
         context_order: keyword only. "zigzag" if rank r of C holds chunks r and 2C-1-r of the
             sequence's 2C, as Megatron cuts it; "contiguous" if it holds piece r of C.
         mesh: keyword only. A ``DeviceMesh`` with dims named out of "pp", "dp", "cp", "tp", in place
@@ -112,6 +122,10 @@ class FlexModel(nn.Module):
     ) -> None:
         super().__init__()
         _check_arguments(module, output_ptr, data_parallel_loss, context_order)
+        check_options(
+            seed=seed, batch_dim=batch_dim, sequence_dim=sequence_dim, patience=patience,
+            mesh=mesh, process_group=process_group, store=store,
+        )  # fmt: skip
         sizes = {
             "pp": pipeline_parallel_size,
             "dp": data_parallel_size,
@@ -343,6 +357,17 @@ class FlexModel(nn.Module):
         Raises:
             GroupError: a group that does not exist.
         """
+        if torch.compiler.is_exporting():
+            raise CopyError(
+                "torch.export takes the model without Python, and so without hooks: export what "
+                "restore() returns."
+            )
+        with self._session.turn():
+            return self._called(groups, complement, args, kwargs)
+
+    def _called(
+        self, groups: str | Iterable[str], complement: bool, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         if isinstance(groups, str) and groups == ALL and not complement:
             return self._run(args, kwargs)
         taken = signature(self.module.forward).parameters
@@ -423,7 +448,7 @@ class FlexModel(nn.Module):
     ) -> Tensor:
         """A whole parameter, in one-process order, as a detached CPU copy on every rank.
 
-        Collective over the ranks that hold its shards.
+        Collective over the ranks that hold its shards, and over a pipeline's stages.
 
         Args:
             parameter_name: as ``named_parameters()`` of the wrapped model spells it.
@@ -435,20 +460,35 @@ class FlexModel(nn.Module):
             LayoutError: the name means another parameter on each rank.
             HintError: a hint that does not fit.
         """
-        parameters = dict(named_parameters(self.module))
-        parameter_name = plain_name(parameter_name)
-        if parameter_name not in parameters:
-            raise unknown_name("parameter", parameter_name, parameters)
-        why = refused(self.module, parameter_name, self._session.sizes, parameter=True)
+        parameter_name, stages = plain_name(parameter_name, self.module), self._session.stages
+        holding = stages.holding(parameter_name, parameter=True)
+        if not holding:
+            raise unknown_name("parameter", parameter_name, stages.names(parameters=True))
+        pipeline = self._session.pipeline
+        if pipeline is None:
+            return self._whole_parameter(parameter_name, expected_shape)
+        try:
+            here = stages.own == holding[0]
+            own = self._whole_parameter(parameter_name, expected_shape) if here else None
+            whole: Tensor = pipeline.line.shared(own, holding[0], "a parameter")
+            return whole
+        except Exception as error:
+            told = self._session.failed(f"parameter {parameter_name}", error)
+            if told is error:
+                raise
+            raise told from error
+
+    def _whole_parameter(self, name: str, expected_shape: Sequence[int | None] | None) -> Tensor:
+        why = refused(self.module, name, self._session.sizes, parameter=True)
         if why is not None:
             rank = self._session.mesh.rank
-            raise LayoutError(f"Parameter {parameter_name} (rank {rank}) cannot be read: {why}")
+            raise LayoutError(f"Parameter {name} (rank {rank}) cannot be read: {why}")
         return whole_parameter(
             self.module,
-            parameter_name,
-            parameters[parameter_name],
+            name,
+            dict(named_parameters(self.module))[name],
             self._session.mesh,
-            tuple(expected_shape) if expected_shape is not None else None,
+            whole_sizes(expected_shape, name) if expected_shape is not None else None,
         )
 
     # -- leaving ---------------------------------------------------------------------------
@@ -468,6 +508,13 @@ class FlexModel(nn.Module):
 
     def __exit__(self, *exc_info: object) -> None:
         self.restore()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CopyError(
+            "A FlexModel cannot be pickled: its hooks belong to this job's ranks. Save the "
+            "state_dict() of its module and of trainable_modules, or pickle what restore() "
+            "returns. copy.deepcopy() gives a second FlexModel."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlexModel:
         """A copy with a model, trainable modules and hooks of its own, on the same ranks."""
@@ -524,6 +571,23 @@ def _mesh_of(
     if mesh is not None:
         if any(size != 1 for size in sizes.values()) or process_group is not None:
             raise ConfigurationError("Give either a mesh, or sizes and a process_group, not both.")
-        return from_device_mesh(mesh)
+        return _checked_against_model(from_device_mesh(mesh), module)
     adopted = groups_of(module) if dist.is_available() and dist.is_initialized() else {}
+    fully_sharded = adopted["dp"].size() if "dp" in adopted and "cp" not in adopted else 0
+    if sizes["cp"] > 1 and fully_sharded == sizes["dp"] * sizes["cp"]:
+        del adopted["dp"]  # parameters are cut over the ranks of both
     return build_mesh(sizes, process_group, adopted, device_type_of(module))
+
+
+def _checked_against_model(mesh: ParallelMesh, module: nn.Module) -> ParallelMesh:
+    """Refuse a mesh on which the model's tensor-parallel ranks are others than the model has."""
+    group = groups_of(module).get("tp") if dist.is_initialized() else None
+    due = dist.get_process_group_ranks(group) if group is not None else []
+    found = list(mesh.along("tp").ranks) if mesh.size("tp") > 1 else [mesh.rank]
+    if len(due) > 1 and found != due:
+        raise ConfigurationError(
+            f"The model is spread over the tensor-parallel ranks {due}, but the mesh has {found} "
+            f"along tp of rank {mesh.rank}. Give the mesh that the model was parallelized with, "
+            "its dims named."
+        )
+    return mesh

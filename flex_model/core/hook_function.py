@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.distributed.tensor.placement_types import Placement
 
+from flex_model.core.arguments import checked_placements, whole_sizes
 from flex_model.core.needs import WHOLE, needs_of
 
 __all__ = ["EditingFunction", "HookFunction"]
@@ -43,6 +44,9 @@ class HookFunction:
         gradients: keyword only. Placement of the gradient by mesh dim, for a value that is
             replicated but whose gradient is not (``Partial()``), or the other way round.
 
+    Raises:
+        HintError: ``expected_shape``, ``placements`` or ``gradients`` hold something else.
+
     A loss built on a whole tensor (stored in ``save_ctx``, say) must be computed on every rank:
     each rank's gradient is its own slice of the whole one.
 
@@ -67,14 +71,16 @@ class HookFunction:
         gradients: Mapping[str, Placement] | None = None,
     ) -> None:
         self.module_name = module_name
-        self.expected_shape = tuple(expected_shape) if expected_shape is not None else None
+        self.expected_shape = (
+            whole_sizes(expected_shape, module_name) if expected_shape is not None else None
+        )
         self.editing_function = editing_function
         self.unpack_idx = unpack_idx
         self.record = record
         self.part = part
         self.head = head
-        self.placements = dict(placements or {})
-        self.gradients = dict(gradients or {})
+        self.placements = checked_placements(placements or {}, "placements", module_name)
+        self.gradients = checked_placements(gradients or {}, "gradients", module_name)
 
     @property
     def statistic(self) -> EditingFunction | None:

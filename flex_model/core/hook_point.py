@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from flex_model.core.compiled import uncompiled
 from flex_model.core.editing import Editing
 from flex_model.core.hook_function import HookFunction
+from flex_model.core.not_copied import NotCopied
 from flex_model.core.point_layout import PointLayout
 from flex_model.core.randomness import RandomStreams, in_backward
 from flex_model.core.selection import select
@@ -26,6 +29,7 @@ from flex_model.core.unpacking import count_tensors, find_tensor
 from flex_model.distributed.gradients import GradientMemory
 from flex_model.errors import LayoutError
 from flex_model.layouts.layout import ActivationLayout
+from flex_model.layouts.trace import paused, running
 
 __all__ = ["HookPoint", "Kind"]
 
@@ -67,10 +71,10 @@ def _telling(callback: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise to_raise from error
 
-    return told
+    return uncompiled(told)
 
 
-class HookPoint:
+class HookPoint(NotCopied):
     """One tensor at one module's boundary, with the hook functions that visit it.
 
     Args:
@@ -105,8 +109,8 @@ class HookPoint:
 
     def add(self, hook: HookFunction) -> None:
         """Let a hook function visit this point, after those already here."""
-        self.hooks.append(hook)
         self._layouts.take_hints(hook)
+        self.hooks.append(hook)
 
     def needs_trace(self) -> bool:
         return self._layouts.needs_trace()
@@ -169,6 +173,7 @@ class HookPoint:
         result = self._visit(gradient, active, transposed=True)
         return None if result is gradient else result
 
+    @uncompiled
     def observe(self, module: nn.Module, args: Any, output: Any = None) -> None:
         """In forward, learn the layout of the tensor whose gradient this point will see."""
         if not self._active() or self._session.dry:
@@ -183,11 +188,8 @@ class HookPoint:
                 "has, as positional inputs or outputs that torch gives gradients of,", tree
             )
         tensor = tree[self._positions[self.key.index]]
-        if self._session.trace is None:
+        with paused():
             self._layouts.of(tensor)
-        else:
-            with self._session.trace.paused():
-                self._layouts.of(tensor)
 
     # -- the way of one activation ---------------------------------------------------------
 
@@ -204,13 +206,16 @@ class HookPoint:
         if self._session.dry:
             return self._as_edited(tensor, active)
         self._session.visit(self.label)
-        trace = self._session.trace
-        if trace is None:
+        traces = running()  # of the FlexModels around this model
+        if not traces:
             return self._processed(tensor, active, transposed)
-        with trace.paused():
+        with paused():
             result = self._processed(tensor, active, transposed)
-        if result is not tensor and not transposed:
-            trace.mark(result, self._layouts.marks_of(self._layouts.of(tensor), result.ndim))
+        for trace in () if result is tensor or transposed else traces:
+            marks = trace.marks_of(tensor)
+            if trace is self._session.trace:
+                marks = self._layouts.marks_of(self._layouts.of(tensor), result.ndim)
+            trace.mark(result, marks)
         return result
 
     def _as_edited(self, tensor: Tensor, active: Sequence[HookFunction]) -> Tensor:
@@ -223,6 +228,7 @@ class HookPoint:
     def _processed(
         self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool
     ) -> Tensor:
+        self._check_values(tensor)
         if isinstance(tensor, DTensor):
             tensor = _reduced(tensor)
         layout = self._layouts.of(tensor, gradient=transposed)
@@ -285,11 +291,30 @@ class HookPoint:
                 found = self._editing.statistic(local, layout, hook.statistic)
                 self._session.records.store(hook.record_key(self.record_key), found)
 
+    def _check_values(self, tensor: Tensor) -> None:
+        """Refuse a tensor that holds no values, or not one for every entry."""
+        spread = bool(self._session.sizes)
+        if tensor.is_meta:
+            why, way_out = "on the meta device and has no values", "Give the model real inputs"
+        elif spread and (tensor.layout is not torch.strided or tensor.is_nested):
+            why = f"{'nested' if tensor.is_nested else tensor.layout} and cannot be gathered"
+            way_out = "Hook a module that deals in dense tensors"
+        elif spread and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            why = "inside a torch.func transform and cannot be gathered over the ranks"
+            way_out = "Take gradients by torch.autograd"
+        else:
+            return
+        raise LayoutError(
+            f"{self.where}: the activation {tuple(tensor.shape)} is {why}. {way_out}, or leave the "
+            "hook out by its group."
+        )
+
     def _missing(self, verb: str, tree: Any) -> LayoutError:
         kinds = [type(item).__name__ for item in (tree if isinstance(tree, tuple) else (tree,))]
         return LayoutError(
             f"{self.where}: unpack_idx={self.key.index}, but the module {verb} "
-            f"{count_tensors(tree)} tensors (in {', '.join(kinds) or 'nothing'})."
+            f"{count_tensors(tree)} tensors (in {', '.join(kinds) or 'nothing'}). unpack_idx "
+            "counts them from 0, or from -1 back; what is no tensor cannot be hooked."
         )
 
 

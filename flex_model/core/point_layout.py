@@ -198,6 +198,7 @@ class PointLayout:
             for dim in layout.dims
             if (dim.value is None or isinstance(dim.value, Replicate))
             and not self._is_certain(dim.name, known)
+            and not self._session.mesh.simulated  # what the trace says stands
             # What comes of a cut may be equal by chance: attention to one token is 1 everywhere.
             and not (found.get(dim.name) is UNKNOWN or isinstance(found.get(dim.name), OneOf))
         }
@@ -210,6 +211,7 @@ class PointLayout:
             layout = resolve(known)
         for dim in layout.dims:
             if dim.value is None:
+                self._traced.pop(tensor.ndim, None)  # the next forward is to be watched anew
                 raise self._undecided(
                     dim.name, tensor, found.get(dim.name), measured=dim.name in measured
                 )
@@ -282,7 +284,9 @@ class PointLayout:
         trace = self._session.trace
         seen = self._traced.get(tensor.ndim)
         if trace is not None and (seen is None or not self._verified):
-            found = agree_on_marks(self._session.mesh, trace.marks_of(tensor), tensor.device)
+            found = trace.marks_of(tensor)
+            if not self._session.mesh.simulated:
+                found = agree_on_marks(self._session.mesh, found, tensor.device)
             marks = {n: WHOLE if n in self._verified else m for n, m in found.items()}
             shape = tuple(tensor.shape)
             if "cp" in marks:

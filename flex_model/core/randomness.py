@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flex_model.core.transforms import plain_values
 from flex_model.errors import RecomputeError
 
 __all__ = ["RandomStreams", "in_backward", "repeated"]
@@ -175,6 +176,6 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 def _fingerprint(local: Tensor) -> tuple[Any, ...]:
     """What tells one activation from another: a change of any entry changes a sum."""
-    flat = local.detach().reshape(-1).to(torch.float64)
+    flat = plain_values(local.detach()).reshape(-1).to(torch.float64)
     ramp = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
     return (*local.shape, *torch.stack((flat.sum(), flat @ ramp)).tolist())

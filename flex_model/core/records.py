@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from flex_model.core.transforms import plain_values
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.distributed.routing import assemble, assemble_on
 from flex_model.errors import ConfigurationError
@@ -51,7 +52,7 @@ class Records:
     def store(self, key: str, whole: Tensor) -> None:
         """Record a tensor that is whole on this rank already."""
         if self._here:
-            self._note(key, whole.detach().to("cpu", copy=True))
+            self._note(key, plain_values(whole.detach().to("cpu", copy=True)))
 
     def collect(self, key: str, local: Tensor, layout: ActivationLayout) -> None:
         """Make a tensor whole where records are kept, and only there, and record it."""
@@ -68,7 +69,13 @@ class Records:
 
     def append(self, key: str, whole: Tensor) -> None:
         """Hand a record to the caller."""
-        self.output_ptr.setdefault(key, []).append(whole)
+        kept = self.output_ptr.setdefault(key, [])
+        if not hasattr(kept, "append"):
+            raise ConfigurationError(
+                f"output_ptr[{key!r}] is {type(kept).__name__}, but records are appended to a list "
+                "there. Remove it, or name another dict."
+            )
+        kept.append(whole)
 
     def _note(self, key: str, whole: Tensor) -> None:
         if self.pending is None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from flex_model.core.arguments import check_hookable, check_request
+from flex_model.core.compiled import compile_anew
 from flex_model.core.hook_function import HookFunction
 from flex_model.core.hook_point import HookPoint, Kind, PointKey
 from flex_model.core.parameters import unhookable
@@ -65,6 +68,7 @@ class HookRegistry:
             raise RegistrationError(
                 f"{hook!r} is registered already. Make another HookFunction for another place."
             )
+        check_request(hook.module_name, hook.editing_function, hook.unpack_idx)
         self._check_target(hook.module_name, kind)
         self._check_part(hook, kind)
         name = plain_name(hook.module_name, self._root)
@@ -81,21 +85,26 @@ class HookRegistry:
         """
         self.check(hook, kind)
         key = self._key_of(hook, kind)
-        if key not in self._record_keys:
-            self._record_keys[key] = self._record_key_for(hook, kind)
+        record_key = self._record_keys.get(key) or self._record_key_for(hook, kind)
         target = self._target(hook.module_name, kind)
         if target is not None:
-            self._visit_from(key, hook, *target)
+            self._visit_from(key, record_key, hook, *target)
+        self._record_keys[key] = record_key
         self._kinds[hook] = kind
         self._session.attach()
 
     def _visit_from(
-        self, key: PointKey, hook: HookFunction, module: nn.Module, tensor: Tensor | None
+        self,
+        key: PointKey,
+        record_key: str,
+        hook: HookFunction,
+        module: nn.Module,
+        tensor: Tensor | None,
     ) -> None:
         if key in self._points:
             self._points[key].add(hook)
             return
-        point = HookPoint(key, module, self._session, self._record_keys[key])
+        point = HookPoint(key, module, self._session, record_key)
         point.add(hook)
         self._attach(point, module, tensor)
         self._points[key] = point
@@ -108,6 +117,8 @@ class HookRegistry:
     def clear(self) -> None:
         """Take every hook off: the model is as it was before the first was registered."""
         self._session.detach()
+        if self._undo:
+            compile_anew(self, hooked=False)
         while self._undo:
             self._undo.pop()()
         self._points.clear()
@@ -127,6 +138,9 @@ class HookRegistry:
             raise unknown_name("parameter" if is_parameter else "module", name, names)
         if not is_parameter:
             stages.check_whole(name)
+            module = dict(named_modules(self._root)).get(name)
+            if module is not None:
+                check_hookable(f"{name or 'The model'} (rank {self._session.mesh.rank})", module)
             return
         parameter = dict(named_parameters(self._root)).get(name)
         reason = None if parameter is None else unhookable(self._root, name, parameter)
@@ -155,29 +169,32 @@ class HookRegistry:
         return (modules[name], None) if name in modules else None
 
     def _attach(self, point: HookPoint, module: nn.Module, tensor: Tensor | None) -> None:
+        # torch's own methods: where the module is a FlexModel, its take HookFunctions.
         handles: list[Any] = []
         kind = point.key.kind
         if tensor is not None:
             handles.append(tensor.register_hook(point.on_parameter_gradient))
         elif kind == "forward":
-            handles.append(module.register_forward_hook(point.on_forward))
+            handles.append(nn.Module.register_forward_hook(module, point.on_forward))
         elif kind == "forward_pre":
-            handles.append(module.register_forward_pre_hook(point.on_forward_pre, with_kwargs=True))
+            pre = partial(nn.Module.register_forward_pre_hook, module, with_kwargs=True)
+            handles.append(pre(point.on_forward_pre))
         else:
             self._undo.append(_restorer_of_backward_flag(module))
             inputs = kind == "full_backward"
-            observer = _Last(
-                module.register_forward_pre_hook if inputs else module.register_forward_hook,
-                point.observe,
+            register = (
+                nn.Module.register_forward_pre_hook if inputs else nn.Module.register_forward_hook
             )
+            observer = _Last(partial(register, module), point.observe)
             point.before_trace = observer.move
             handles.append(observer)
             handles.append(
-                module.register_full_backward_hook(point.on_gradients)
+                nn.Module.register_full_backward_hook(module, point.on_gradients)
                 if inputs
-                else module.register_full_backward_pre_hook(point.on_gradients)
+                else nn.Module.register_full_backward_pre_hook(module, point.on_gradients)
             )
         self._undo.extend(handle.remove for handle in handles)
+        compile_anew(self, hooked=True)
 
     def _record_key_for(self, hook: HookFunction, kind: Kind) -> str:
         taken, selected = self._record_keys.values(), self._key_of(hook, kind).selected

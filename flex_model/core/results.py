@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flex_model.core.hook_function import EditingFunction
 from flex_model.errors import EditError
@@ -20,12 +21,12 @@ def checked(result: Any, due: Tensor, function: EditingFunction, where: str) -> 
         EditError: no tensor, or one of another shape, dtype or device. Under autocast another
             floating dtype is cast back.
     """
-    if isinstance(result, Tensor) and (result.shape, result.dtype, result.device) == (
+    if _is_plain(result, due) and (result.shape, result.dtype, result.device) == (
         due.shape,
         due.dtype,
         due.device,
     ):
-        return result
+        return _apart(result)
 
     def refuse(got: str, way_out: str) -> EditError:
         name = getattr(function, "__name__", repr(function))
@@ -37,6 +38,9 @@ def checked(result: Any, due: Tensor, function: EditingFunction, where: str) -> 
     if not isinstance(result, Tensor):
         way_out = "Return the edited tensor." if result is None else "Return a torch.Tensor."
         raise refuse("None" if result is None else type(result).__name__, way_out)
+    if not _is_plain(result, due):
+        kind = "a DTensor" if isinstance(result, DTensor) else f"a tensor of layout {result.layout}"
+        raise refuse(kind, "Return the whole, dense tensor: full_tensor() or to_dense().")
     if result.shape != due.shape:
         raise refuse(f"shape {tuple(result.shape)}", "An edit keeps the activation's shape.")
     if result.device != due.device:
@@ -46,4 +50,18 @@ def checked(result: Any, due: Tensor, function: EditingFunction, where: str) -> 
         if not (autocast and result.is_floating_point() and due.is_floating_point()):
             raise refuse(f"dtype {result.dtype}", f"Return result.to({due.dtype}).")
         result = result.to(due.dtype)
-    return result
+    return _apart(result)
+
+
+def _is_plain(result: Any, due: Tensor) -> bool:
+    """Whether it is a tensor of the same make: dense if the activation is, on this rank alone."""
+    same = isinstance(result, Tensor) and result.layout == due.layout
+    return same and not isinstance(result, DTensor)
+
+
+def _apart(result: Tensor) -> Tensor:
+    """What may be written to in place: no parameter itself, and no entry that stands for many."""
+    if isinstance(result, nn.Parameter):
+        return result.clone()
+    expanded = result.layout == torch.strided and 0 in result.stride()
+    return result.contiguous() if expanded else result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -13,20 +14,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from flex_model.core.caller import raised_inside
+from flex_model.core.compiled import uncompiled
 from flex_model.core.hook_function import HookFunction
-from flex_model.core.pipeline import Pipeline, is_dry_call
+from flex_model.core.not_copied import NotCopied
+from flex_model.core.pipeline import Pipeline
 from flex_model.core.randomness import in_backward
 from flex_model.core.records import Records
 from flex_model.core.stages import Stages
+from flex_model.core.stored import StoredNamespace
 from flex_model.core.unpacking import tensors_in
 from flex_model.distributed.agreement import StepFacts, agree, agree_on_hooks, word_for
 from flex_model.distributed.line import Line
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.distributed.sharing import SharedModules
 from flex_model.distributed.watch import Watch
-from flex_model.errors import LayoutError
+from flex_model.errors import LayoutError, RankDisagreementError
 from flex_model.layouts.dtensor import placements_by_name
 from flex_model.layouts.experts import boundaries, shares_experts
 from flex_model.layouts.marks import FOREIGN, UNKNOWN, WHOLE, Cut, Mark, from_placement
@@ -55,7 +60,7 @@ class Point(Protocol):
     before_trace: Callable[[], None] | None
 
 
-class Session:
+class Session(NotCopied):
     """Shared state of the hook points, and the boundaries of each forward.
 
     Attributes:
@@ -100,7 +105,7 @@ class Session:
         self.sizes = {name: mesh.size(name) for name in mesh.names if name != "pp"}
         self.dim_names = {_ranks_of(mesh, name): name for name in self.sizes}
         self.records = records
-        self.save_ctx = Namespace()
+        self.save_ctx = StoredNamespace() if mesh.size("pp") > 1 else Namespace()
         self.modules = nn.ModuleDict()
         self.shared = SharedModules(self.modules, mesh)
         self.debug = debug
@@ -126,6 +131,7 @@ class Session:
         self._layer_handles: list[Any] = []
         self._entered: dict[str, tuple[torch.Size, dict[str, Mark]]] = {}
         self._shares_experts = False
+        self._turn = threading.RLock()
 
     def is_active(self, hook: HookFunction) -> bool:
         """Whether a hook function runs in this forward."""
@@ -140,17 +146,38 @@ class Session:
         finally:
             self.active = before
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One thread at a time: groups, layouts and random draws are those of one forward.
+
+        Raises:
+            RankDisagreementError: threads at once, of which other ranks may run another first.
+        """
+        if not self._turn.acquire(blocking=self.mesh.watch is None):
+            raise RankDisagreementError(
+                f"Rank {self.mesh.rank}: a second thread calls the FlexModel while it runs, and "
+                "ranks cannot tell whose turn it is on the others. Call it from one thread."
+            )
+        try:
+            yield
+        finally:
+            self._turn.release()
+
     def attach(self) -> None:
         """Follow the root's forwards, however they are started (``generate`` too)."""
-        if self.mesh.watch is None:
+        if not self.mesh.names:
             return
-        self.mesh.watch.attached(self, True)
+        if self.mesh.watch is not None:
+            self.mesh.watch.attached(self, True)
         if self._handles:  # hooks on the root itself belong before its end
             self._handles.pop().remove()
         else:
-            begin = self.root.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+            begin = nn.Module.register_forward_pre_hook(
+                self.root, self._begin, with_kwargs=True, prepend=True
+            )
             self._handles = [begin]
-        self._handles.append(self.root.register_forward_hook(self._end, always_call=True))
+        end = nn.Module.register_forward_hook(self.root, self._end, always_call=True)
+        self._handles.append(end)
 
     def detach(self) -> None:
         """Leave the root as it was."""
@@ -198,25 +225,34 @@ class Session:
         if self.pipeline is None or self.mesh.assembly is None:
             yield
             return
-        labels = [f"{hook.module_name} {kind} {hook.unpack_idx}" for hook, kind in hooks.items()]
-        agree_on_hooks(self.mesh.assembly, self.mesh, labels)
-        edits = any(hook.edit is not None for hook in hooks)
-        with self.pipeline.step(passes_on=edits):
-            yield
+        active = {hook: kind for hook, kind in hooks.items() if self.is_active(hook)}
+        agree_on_hooks(self.mesh.assembly, self.mesh, [_label(h, k) for h, k in active.items()])
+        self.stages.check_alike([hook.module_name for hook in active], self.pipeline.line)
+        try:
+            with self.pipeline.step(passes_on=any(h.editing_function for h in active)):
+                yield
+        except Exception as error:
+            self.close()
+            inner = raised_inside(error)
+            told = self.failed("a step of the pipeline", inner)
+            if told is error:
+                raise
+            raise told from (told.__cause__ if told is inner else inner)
 
+    @uncompiled
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._depth += 1
         if self._depth > 1 or in_backward():
             return
         self._handled = sys.exc_info()[1]
         if self.pipeline is not None:
-            self.dry = is_dry_call()
+            self.dry = not self.pipeline.begin_microbatch(self.root)
             if self.dry:
                 return
-            self.pipeline.begin_microbatch()
         self.shared.begin_forward()
         active = [p for p in self.points if any(self.is_active(h) for h in p.hooks)]
         inputs = list(tensors_in((args, kwargs)))
+        self._check_inputs(inputs if active else [])
         self._agree(active, inputs)
         first = _batched(inputs) if active and inputs else None
         self.batch = _length(first, self.batch_dim)
@@ -230,6 +266,7 @@ class Session:
             plain = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._watch(inputs, {id(tensor) for tensor in plain})
 
+    @uncompiled
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._depth = max(0, self._depth - 1)
         if self._depth > 0 or in_backward():
@@ -238,9 +275,7 @@ class Session:
         self._tell_of_failure()
         if self.pipeline is None or self.dry or output is None:  # None after a failure
             return None
-        self.pipeline.end_microbatch()
-        # Megatron frees what a stage has sent, which torch allows of no view.
-        return tree_map_only(Tensor, lambda t: t.clone() if t._base is not None else t, output)
+        return self.pipeline.end_microbatch(output)
 
     def _tell_of_failure(self) -> None:
         """A forward that ``generate`` began ends past FlexModel's own: here it can only be told."""
@@ -260,6 +295,20 @@ class Session:
     def failed(self, where: str, error: Exception) -> Exception:
         """What to raise for an exception, after the other ranks have been told of it."""
         return error if self.mesh.watch is None else self.mesh.watch.failed(where, error)
+
+    def _check_inputs(self, inputs: list[Tensor]) -> None:
+        if inputs and self.sizes and torch._C._are_functorch_transforms_active():
+            raise LayoutError(
+                f"Rank {self.mesh.rank}: the model runs inside a torch.func transform, where no "
+                "activation can be gathered over the ranks. Take gradients by torch.autograd, or "
+                "call it with hook groups that are empty."
+            )
+        for tensor in inputs if self.sizes else ():
+            if tensor.is_nested:
+                raise LayoutError(
+                    f"Rank {self.mesh.rank}: the model is given a nested tensor {tensor.shape}, of "
+                    "which no size tells the batch. Pad the samples to one length."
+                )
 
     def _agree(self, active: list[Point], inputs: list[Tensor]) -> None:
         watch, control = self.mesh.watch, self.mesh.control
@@ -402,9 +451,14 @@ class Session:
 def _pipeline_of(
     mesh: ParallelMesh, records: Records, save_ctx: Namespace, modules: nn.ModuleDict
 ) -> Pipeline | None:
-    if mesh.size("pp") == 1 or mesh.assembly is None:
+    if mesh.assembly is None or not isinstance(save_ctx, StoredNamespace):
         return None
     return Pipeline(Line(mesh, mesh.assembly), records, save_ctx, modules)
+
+
+def _label(hook: HookFunction, kind: str) -> str:
+    does = "edit" if hook.edit else "statistic" if hook.statistic else "retrieve"
+    return f"{hook.module_name} {kind} {hook.unpack_idx} ({does})"
 
 
 def _length(tensor: Tensor | None, dim: int) -> int:

@@ -104,9 +104,13 @@ class Board:
     Args:
         store: any torch store that all ranks reach.
         name: of this FlexModel; the same on its ranks and on no other's.
+
+    Attributes:
+        store: which one.
     """
 
     def __init__(self, store: Store, name: str) -> None:
+        self.store = store
         self._store = PrefixStore(name, store)
 
     def put(self, post: Post) -> None:

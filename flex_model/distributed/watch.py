@@ -146,7 +146,7 @@ class Watch:
             RankFailedError: under another FlexModel of these ranks one is known to have failed.
         """
         pause = 0.001
-        looks = [(w, w._look()) for w in list(_OPEN) if w is not self and w._over is None]
+        looks = [(watch, watch._look()) for watch in self._of_this_job() if watch is not self]
         while not self.board.has_all(self._ranks):
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
@@ -271,7 +271,7 @@ class Watch:
         """Whether every rank fails so, now: waits for those that are behind."""
         event = f"{self.step}/{zlib.crc32(f'{where} {type(error).__name__}'.encode())}"
         deadline = time.monotonic() + _ALIKE_SECONDS
-        looks = [(watch, watch._look()) for watch in list(_OPEN)]
+        looks = [(watch, watch._look()) for watch in self._of_this_job()]
         count = self.board.count(event)
         # Failing alike again in one forward adds up: a multiple of the ranks is all of them.
         due = -(-count // len(self._ranks)) * len(self._ranks)
@@ -308,7 +308,7 @@ class Watch:
 
         A group that something still refers to lives on, as gloo has it, until the process ends.
         """
-        for watch in list(_OPEN):
+        for watch in self._of_this_job():
             with suppress(RuntimeError):
                 watch.board.report(replace(fault, told_by=watch._rank))
             watch._over = watch._over or RankFailedError(
@@ -316,6 +316,10 @@ class Watch:
             )
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _of_this_job(self) -> list[Watch]:
+        """Those of all FlexModels here, but for what an earlier job in this process has left."""
+        return [watch for watch in list(_OPEN) if watch.board.store is self.board.store]
 
     def _is_fork(self) -> bool:
         """Whether this is another process than the rank's, such as a data loader's worker."""

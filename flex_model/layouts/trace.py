@@ -132,7 +132,7 @@ class LayoutTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._paused:
+        if self._paused or func.namespace == "prim":  # what a fake tensor asks of its device
             return func(*args, **kwargs)
         if is_composite(func):  # under inference_mode these come whole
             with self:

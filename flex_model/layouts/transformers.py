@@ -133,7 +133,9 @@ def _size(model: nn.Module, kind: str) -> int:
     if mesh is None:
         return 1
     if manager is not None:
-        return int(manager.get_mesh(kind).size())
+        # Asked of every module: a slice of the mesh would be built anew each time.
+        mesh = manager._expert_mesh if kind == "ep" else manager._dense_mesh
+        return int(mesh.size(mesh.mesh_dim_names.index(kind)))
     if mesh.ndim == 1:
         return int(mesh.size()) if kind == "tp" else 1
     return int(mesh[kind].size()) if kind in (mesh.mesh_dim_names or ()) else 1
@@ -144,6 +146,8 @@ def _pretrained(root: nn.Module) -> tuple[nn.Module | None, str]:
     library = loaded("transformers.modeling_utils")
     if library is None:
         return None, ""
+    if isinstance(root, library.PreTrainedModel):
+        return root, ""
     for name, module in named_modules(root):
         if isinstance(module, library.PreTrainedModel):
             return module, f"{name}." if name else ""

@@ -16,30 +16,36 @@ from flex_model.testing.compare import Measurement
 from flex_model.testing.runs import RUNS, Run, step_under_flex_model
 from flex_model.testing.step import Outcome, differences, take_step
 
-__all__ = ["bare_on_a_rank", "on_a_rank"]
+__all__ = ["bare_on_a_rank", "measured", "on_a_rank"]
 
 
 def on_a_rank(case: Case, site: Site, truth: Mapping[str, Outcome]) -> list[Measurement]:
     """Every kind of work at a hook point, with a hint and without. A body for the case's ranks."""
-    measured = []
+    found = []
     with _Builder(case) as builder:
         for run, hinted in product(RUNS, (False, True)):
             if run.fits(site):
-                found = _found(case, builder.model(), site, run, hinted, truth[run.column])
-                measured += [
-                    Measurement(
-                        column=run.apart.get(quantity, run.column),
-                        site=str(site),
-                        hint=hinted,
-                        quantity=quantity,
-                        error=error,
-                        tolerance=case.tolerance(quantity, on_shards=run.on_shards),
-                        hard=site.hard,
-                        note=note,
-                    )
-                    for quantity, (error, note) in found.items()
-                ]
-    return measured
+                found += measured(case, builder.model(), site, run, hinted, truth[run.column])
+    return found
+
+
+def measured(
+    case: Case, model: Model, site: Site, run: Run, hinted: bool, truth: Outcome
+) -> list[Measurement]:
+    """One kind of work at a hook point; a named refusal is one measurement, ``raised``."""
+    return [
+        Measurement(
+            column=run.apart.get(quantity, run.column),
+            site=str(site),
+            hint=hinted,
+            quantity=quantity,
+            error=error,
+            tolerance=case.tolerance(quantity, on_shards=run.on_shards),
+            hard=site.hard,
+            note=note,
+        )
+        for quantity, (error, note) in _found(case, model, site, run, hinted, truth).items()
+    ]
 
 
 def bare_on_a_rank(case: Case, truth: Outcome) -> dict[str, float]:
