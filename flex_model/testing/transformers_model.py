@@ -1,0 +1,36 @@
+"""A transformers model from its directory: whole, or this rank's part by its ``tp_plan``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["from_directory"]
+
+
+def from_directory(directory: str, tp: int = 1, dp: int = 1) -> nn.Module:
+    """The model in float32, without a cache; over data-parallel ranks it is replicated.
+
+    Args:
+        directory: with ``config.json`` and the weights.
+        tp: ranks that the plan's layers are spread over.
+        dp: ranks with a part of the batch each.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    spread: dict[str, Any] = {}
+    if tp * dp > 1:
+        plan = "auto" if tp > 1 else None
+        spread["distributed_config"] = DistributedConfig(
+            tp_plan=plan, tp_size=tp, dp_replicate_size=dp
+        )
+    module: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, **spread
+    )
+    module.config.use_cache = False
+    return module
