@@ -69,7 +69,7 @@ def check(
     A directory is loaded in float32 by its tp_plan; data-parallel ranks replicate it. A factory is
     YOUR CODE, AND IS EXECUTED: function(whole: bool) returns the module, whole on this process or
     this rank's part of it, with the same weights; it is called once in each process. The module is
-    called with token ids, [batch, sequence], and returns logits, or an object that has them as
+    called with token ids, batch x sequence, and returns logits, or an object that has them as
     .logits. It is put into evaluation mode. Ranks lie as (dp, tp), tp fastest.
 
     Every kind of hook is tried on each HOOK: capture, edits of output and input, one on shards, a

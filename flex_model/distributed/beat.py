@@ -62,6 +62,8 @@ class Beat:
 
 def _blocked_in(frame: FrameType | None) -> str:
     """The call into torch.distributed that a thread stands in, and who made it."""
+    if frame is not None and _waits_itself(frame.f_code.co_filename):
+        return _called(frame)
     for _ in range(_DEPTH):
         if frame is None:
             break
@@ -71,6 +73,11 @@ def _blocked_in(frame: FrameType | None) -> str:
                 return _called(frame)
         frame = frame.f_back
     return ""
+
+
+def _waits_itself(file: str) -> bool:
+    """Whether code there waits for ranks (a pipeline's schedule does) when it does not compute."""
+    return "/torch/distributed/" in file and "/checkpoint/" not in file
 
 
 def _called(frame: FrameType) -> str:

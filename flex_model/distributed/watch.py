@@ -39,7 +39,7 @@ __all__ = ["Waitable", "Watch"]
 _SLICE = timedelta(milliseconds=200)
 # How long ranks that are busy may be behind in failing alike, and how long after a connection
 # broke it may take to show which rank has gone.
-_ALIKE_SECONDS = 10.0
+_ALIKE_SECONDS = 5.0
 _BEHIND_SECONDS = 8.0
 _MAX_RUNS = 16
 _LONGEST_CAUSE = 2000

@@ -162,12 +162,12 @@ class Check:
                 found = self._tried(partial(work, hinted=False), wrong)
                 if (why := found[0].refused) and not self._broken:
                     found = self._tried(partial(work, hinted=True), wrong)
-                    out = "needs expected_shape" if found[0].measured else "is refused"
+                    out = "made with expected_shape only" if found[0].measured else "refused"
                     _, kinds = refusals.setdefault(f"{out}: {why.partition(':')[0]}", (why, []))
                     kinds.append(run.column)
                 attempts += found
         degraded = [
-            f"{', '.join(kinds)} {way.partition(':')[0]}: {why}"
+            f"{', '.join(kinds)}: {way.partition(':')[0]}: {why}"
             for way, (why, kinds) in refusals.items()
         ]
         return judged(str(site), _numbers(attempts), [*_not_offered(site), *degraded], wrong)

@@ -172,9 +172,6 @@ def wrapped(
     **options: Any,
 ) -> FlexModel:
     """This rank's stage with these hooks."""
-    import gc
-
-    gc.collect()  # TEMPORARY
     model = Net(dist.get_rank()) if model is None else model
     flex = FlexModel(model, {}, pipeline_parallel_size=STAGES, **options)
     for name, module in (modules or {}).items():

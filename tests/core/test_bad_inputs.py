@@ -687,7 +687,7 @@ def restoring_inside_an_edit(scene: Scene) -> None:
     {
         "the FlexModel": lambda s: s.flex(s.x),
         "its model": lambda s: s.model(s.x),
-        "a deepcopy": lambda s: copy.deepcopy(s.flex),
+        "a deepcopy": lambda s: s.made.append(copy.deepcopy(s.flex)),
     },
 )
 def called_inside_an_edit(scene: Scene, do: Callable[[Scene], Any]) -> None:

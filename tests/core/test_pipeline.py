@@ -1,11 +1,12 @@
 """Hooks over the stages of a pipeline equal one process that runs the microbatches in turn."""
 
+import json
+import os
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,7 +52,8 @@ from flex_model.errors import (
 from flex_model.testing.ranks import RankFailure, run_ranks
 from frameworks.values import value_of
 
-SECONDS = 10.0
+# A rank that fails first waits ten for others that may fail alike.
+SECONDS = 15.0
 
 
 def _same(found: Sequence[Tensor], due: Sequence[Tensor], what: str) -> None:
@@ -201,12 +203,12 @@ def _uses(grad: bool, module: Any, x: Tensor, save_ctx: Any, modules: Any) -> Te
     return x + (early if grad else early.detach())
 
 
-def test_a_gradient_through_a_stored_value_is_refused() -> None:
+def test_a_gradient_through_a_stored_value_is_refused(tmp_path: Path) -> None:
     """Catches weights whose gradients silently lack what flows through `save_ctx`."""
     hooks: list[Hook] = [("layers.0", "forward", _stores_graph)]
     run_ranks(_without_gradient, 2, [*hooks, ("layers.3", "forward", partial(_uses, False))])
     hooks.append(("layers.3", "forward", partial(_uses, True)))
-    for told in run_ranks(_failing_step, 2, hooks, fresh=True):
+    for told in _endings(tmp_path, 2, _failing_step, *hooks):
         assert "EditError" in told.text
         assert "flows back into save_ctx.early" in told.text
 
@@ -367,44 +369,53 @@ def _a_numpy_number() -> Any:
     return torch.ones(1, dtype=torch.float64).numpy()[0]
 
 
-@pytest.mark.parametrize("what", [_a_lambda, _a_module, _a_numpy_number])
-@pytest.mark.parametrize("at", ["layers.0", "layers.3"])
-@pytest.mark.parametrize("kind", ["forward", "full_backward_pre"])
-def test_what_cannot_travel_is_named_on_every_rank(what: Any, at: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "at", "kind"),
+    [
+        (_a_lambda, "layers.0", "forward"),
+        (_a_module, "layers.3", "forward"),
+        (_a_numpy_number, "layers.0", "full_backward_pre"),
+        (_a_lambda, "layers.3", "full_backward_pre"),
+    ],
+)
+def test_what_cannot_travel_is_named_on_every_rank(
+    what: Any, at: str, kind: str, tmp_path: Path
+) -> None:
     """Catches a rank that waits for a value that will not come, or unpickles code."""
     hook: Hook = (at, kind, partial(_stores, what))
-    for told in run_ranks(_failing_step, 2, [hook], fresh=True):
+    for told in _endings(tmp_path, 2, _failing_step, hook):
         assert told.seconds < SECONDS
         assert "EditError" in told.text
         assert "save_ctx.mine['inside'][0]" in told.text
 
 
+@dataclass
 class Told:
-    """How a rank's step ended."""
+    """How a rank's step ended: by which error, after how many seconds."""
 
-    def __init__(self, error: BaseException, seconds: float) -> None:
-        self.kind = type(error).__name__
-        self.text = f"{self.kind}: {error}"
-        self.whole = "".join(traceback.format_exception(error))
-        self.seconds = seconds
+    text: str
+    seconds: float
 
 
-@contextmanager
-def _told() -> Iterator[list[Told]]:
-    """Collects what is raised inside."""
-    told: list[Told] = []
+def _endings(folder: Path, size: int, body: Callable[..., None], *args: Any) -> list[Told]:
+    """What each rank of a job tells that ends as programs do, by an error that nobody catches."""
+    with pytest.raises(RankFailure):
+        run_ranks(_ended, size, folder, body, *args)
+    return [Told(**json.loads((folder / f"{rank}").read_text())) for rank in range(size)]
+
+
+def _ended(folder: Path, body: Callable[..., None], *args: Any) -> None:
     start = time.monotonic()
     try:
-        yield told
+        body(*args)
     except Exception as error:  # noqa: BLE001 - which one is for the test to judge
-        told.append(Told(error, time.monotonic() - start))
+        told = Told(f"{type(error).__name__}: {error}", time.monotonic() - start)
+        (folder / f"{os.environ['RANK']}").write_text(json.dumps(vars(told)))
+        os._exit(1)  # its connections close, as those of any program
 
 
-def _failing_step(hooks: Sequence[Hook], kind: Any = Schedule1F1B) -> Told:
-    flex = wrapped(hooks)
-    with _told() as told:
-        step(flex, kind=kind)
-    return told[0]
+def _failing_step(*hooks: Hook) -> None:
+    step(wrapped(hooks))
 
 
 def test_a_view_travels_without_what_it_looks_at() -> None:
@@ -708,13 +719,12 @@ def _step_in_step() -> None:
         raise AssertionError("the step has begun")
 
 
-def test_a_forward_outside_of_a_step_is_refused() -> None:
+def test_a_forward_outside_of_a_step_is_refused(tmp_path: Path) -> None:
     """Catches records that are never brought together. The next stage is in torch's hands alone."""
-    with pytest.raises(RankFailure) as caught:
-        run_ranks(_without_step, 2, fresh=True)
-    first = caught.value.failures[0]
-    assert first.kind == "ConfigurationError"
-    assert "with model.step():" in first.message
+    first, second = _endings(tmp_path, 2, _without_step)
+    assert "ConfigurationError" in first.text
+    assert "with model.step():" in first.text
+    assert second.seconds < SECONDS
 
 
 def _without_step() -> None:
@@ -727,13 +737,14 @@ def _fails(module: Any, x: Tensor, save_ctx: Any, modules: Any) -> Tensor:
 
 @pytest.mark.parametrize("at", ["layers.0", "layers.3"])
 @pytest.mark.parametrize("kind", ["forward", "full_backward_pre"])
-def test_an_edit_that_raises_on_one_stage_is_named_on_every_rank(at: str, kind: str) -> None:
+def test_an_edit_that_raises_on_one_stage_is_named_on_every_rank(
+    at: str, kind: str, tmp_path: Path
+) -> None:
     """Catches a stage that waits in torch's own receiving for one that will not send."""
-    told = run_ranks(_failing_step, 2, [(at, kind, _fails)], fresh=True)
+    told = _endings(tmp_path, 2, _failing_step, (at, kind, _fails))
     failing = 0 if at == "layers.0" else 1
     assert told[failing].text == "ValueError: the reason"
-    assert told[1 - failing].kind == "RankFailedError"
-    for word in (f"rank {failing}", f"{at} {kind}", "ValueError: the reason"):
+    for word in ("RankFailedError", f"rank {failing}", f"{at} {kind}", "ValueError: the reason"):
         assert word in told[1 - failing].text
     assert max(rank.seconds for rank in told) < SECONDS
 
@@ -748,15 +759,19 @@ def _failed() -> None:
     flex = wrapped(BOTH_STAGES, {"probe": trainable})
     step(flex)
     due = {name: p.grad.clone() for name, p in trainable.named_parameters()}
-    with _told() as told, flex.step():
-        run(schedule(flex), 2)
-        raise ValueError("on every rank")
-    assert told[0].text == "ValueError: on every rank"
+    with pytest.raises(ValueError, match="on every rank"):
+        _step_that_fails(flex)
     for name, parameter in trainable.named_parameters():
         assert torch.equal(parameter.grad, due[name])
     step(flex, 2)
     truth = Truth(BOTH_STAGES, {"probe": probe()}).step(1).step(2)
     _same_gradients(trainable, truth.modules["probe"], "probe")
+
+
+def _step_that_fails(flex: FlexModel) -> None:
+    with flex.step():
+        run(schedule(flex), 2)
+        raise ValueError("on every rank")
 
 
 # -- schedules and wrappers --------------------------------------------------------------------
@@ -809,28 +824,28 @@ def _other_probing(module: Any, x: Tensor, save_ctx: Any, modules: Any) -> Tenso
     return x + torch.tanh(modules["other"](x))
 
 
-def test_stages_out_of_the_order_of_ranks_are_refused() -> None:
+def test_stages_out_of_the_order_of_ranks_are_refused(tmp_path: Path) -> None:
     """Catches ranks that wait for one another's values, in schedules whose stages turn back."""
-    told = run_ranks(_turning_back, 2, fresh=True)
+    told = _endings(tmp_path, 2, _turning_back)
     assert any("ConfigurationError: Stage 2 of the schedule is on rank 1" in t.text for t in told)
 
 
-def _turning_back() -> Told:
+def _turning_back() -> None:
     rank, cpu = dist.get_rank(), torch.device("cpu")
     numbers = (rank, 3 - rank)
     early, late = (wrapped(model=Net(number, 4)) for number in numbers)
     stages = [PipelineStage(f, n, 4, cpu) for f, n in zip((early, late), numbers, strict=True)]
     running = ScheduleZBVZeroBubble(stages, MICROBATCHES, loss_fn=loss)
-    with _told() as told, early.step(), late.step():
+    with early.step(), late.step():
         run(running)
-    return told[0]
 
 
-def test_ddp_inside_of_the_flex_model_is_refused() -> None:
+def test_ddp_inside_of_the_flex_model_is_refused(tmp_path: Path) -> None:
     """Catches gradients that DDP reduces in the midst of the step, which come out wrong."""
-    told = run_ranks(_ddp_inside, 4, fresh=True)
-    assert all("ConfigurationError" in rank.text for rank in told[:2])
-    assert all("DistributedDataParallel module itself" in rank.text for rank in told[:2])
+    for told in _endings(tmp_path, 4, _ddp_inside):
+        assert "ConfigurationError" in told.text
+        assert "DistributedDataParallel module itself" in told.text
+        assert told.seconds < SECONDS
 
 
 def _ddp() -> tuple[DistributedDataParallel, Any, int]:
@@ -839,16 +854,15 @@ def _ddp() -> tuple[DistributedDataParallel, Any, int]:
     return DistributedDataParallel(Net(stage), process_group=mesh.get_group("dp")), mesh, stage
 
 
-def _ddp_inside() -> Told:
+def _ddp_inside() -> None:
     module, mesh, number = _ddp()
     flex = FlexModel(module, {}, mesh=mesh)
     cpu = torch.device("cpu")
     stage = PipelineStage(flex, number, 2, cpu, group=mesh.get_group("pp"))
     running = Schedule1F1B(stage, MICROBATCHES, loss_fn=loss)
     x, weights = data()
-    with _told() as told, flex.step():
+    with flex.step():
         running.step(*((x,) if number == 0 else ()), target=weights if number else None)
-    return told[0]
 
 
 @pytest.mark.parametrize("scale", [True, False])
