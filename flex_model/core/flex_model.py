@@ -328,6 +328,16 @@ class FlexModel(nn.Module):
         microbatches; ``save_ctx`` holds what any stage stored, and the trainable modules' gradients
         are summed over the stages, on every rank. Where the model is no pipeline it does nothing.
 
+        What an editing function stores, later stages read in the same microbatch, and backward
+        hooks of its own or a later stage in that microbatch's backward; without autograd graphs.
+        Lists and dicts may be added to by every stage. What would have to come from a later stage
+        is refused, as is a gradient that would flow back through a stored value.
+
+        torch's schedules divide gradients of parameters by the number of microbatches when they end
+        (``scale_grads``), those of trainable modules too; backward hooks see them undivided. Give
+        ``PipelineStage`` the FlexModel, but a ``DistributedDataParallel`` module itself. Where a
+        rank has several stages each has its FlexModel, whose steps are entered one inside another.
+
         Examples:
             >>> with model.step():
             ...     schedule.step(inputs, target=labels)

@@ -15,7 +15,7 @@ from flex_model.testing.ranks import run_ranks
 from traffic import Counting, Memory
 
 SHAPE = (6, 4, 10)
-_TIMES = 20
+_TIMES = 8
 
 
 def _layout(*dims):
