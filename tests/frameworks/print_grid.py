@@ -3,7 +3,7 @@
     scripts/parity                      all rows
     scripts/parity fairscale ddp        the rows whose name contains one of these
     scripts/parity --list               the rows there are
-    scripts/parity --write FILE         all rows, and the table of docs/support.md into FILE
+    scripts/parity --write FILE         all rows, and the table into a page, between its two marks
 
 Ends with 1 if a cell lies above its tolerance: 1e-6, or 1e-5 where ranks add up a sum in another
 order than one process does (see Case.tolerance).
