@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from flex_model.testing.compare import relative_error
 from flex_model.testing.grid import measure_bare
@@ -36,10 +37,20 @@ def test_what_cannot_be_compared_is_infinitely_far_off(actual, expected):
     assert relative_error(actual, expected) == math.inf
 
 
+class Unreduced(nn.Module):
+    """The model under the name that DistributedDataParallel gives it, and nothing else."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.module(ids)
+
+
 @contextmanager
 def _without_reduction():
-    module = ddp_llama.Wrapped(tiny_llama.filled())
-    yield ddp_llama.model_on(module, dist.get_rank())
+    yield ddp_llama.model_on(Unreduced(tiny_llama.filled()), dist.get_rank())
 
 
 def test_the_grid_sees_a_reduction_that_is_left_out():
