@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -45,10 +46,7 @@ class _Split:
     @property
     def scale(self) -> float:
         """Factor from local values to the whole's: of gradients over data-parallel ranks."""
-        product = 1.0
-        for dim in self.local.dims:
-            product *= dim.value_scale
-        return product
+        return math.prod(dim.value_scale for dim in self.local.dims)
 
 
 class Editing:
@@ -122,7 +120,8 @@ class Editing:
         """What a statistic of the whole tensor is, from every rank's part of it."""
         session, needs = self._session, needs_of(function)
         split = _Split(*needs.split(layout, local.ndim))
-        part = assemble(local.detach(), split.gathered, session.mesh) * split.scale
+        part = assemble(local.detach(), split.gathered, session.mesh)
+        part = part if split.scale == 1.0 else part * split.scale
         shard = LocalShard(part.shape, split.local, session.mesh)
         call = partial(self._invoke, function, part, shard, session.save_ctx)
         found = self._streams.run(call, local, -1)

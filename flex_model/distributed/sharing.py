@@ -8,6 +8,7 @@ first; the node's backward then sums over the ranks, all parameters in one flat 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,9 +59,7 @@ class SharedModules:
         names = tuple(dim.name for dim in local.dims)
         given = self._given.get(names)
         if given is None or given.keys() != training.keys():
-            scale = 1.0
-            for dim in local.dims:
-                scale *= dim.gradient_scale
+            scale = math.prod(dim.gradient_scale for dim in local.dims)
             shared = _Shared.apply(self._communicators(names), scale, *training.values())
             given = self._given[names] = dict(zip(training, shared, strict=True))
         with _reparametrize_module(self._modules, given):
