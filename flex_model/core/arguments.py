@@ -15,7 +15,8 @@ from torch.jit import ScriptModule, TopLevelTracedModule
 
 from flex_model.errors import ConfigurationError, HintError, RegistrationError
 
-__all__ = ["check_hookable", "check_options", "check_request", "checked_placements", "whole_sizes"]
+__all__ = ["check_hookable", "check_options", "check_request", "check_wrapped"]
+__all__ += ["checked_placements", "whole_sizes"]
 
 _GIVEN = "(current_module, inputs, save_ctx, modules)"
 
@@ -108,8 +109,24 @@ def check_hookable(where: str, module: nn.Module) -> None:
         )
 
 
+def check_wrapped(module: Any, output_ptr: Any) -> None:
+    """What a FlexModel wraps, and where its records go.
+
+    Raises:
+        ConfigurationError: no module, or no dict.
+    """
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"FlexModel wraps an nn.Module, got {type(module).__name__}.")
+    if not isinstance(output_ptr, dict):
+        raise ConfigurationError(
+            f"output_ptr must be the dict that records go to, got {type(output_ptr).__name__}."
+        )
+
+
 def check_options(
     *,
+    data_parallel_loss: Any,
+    context_order: Any,
     seed: Any,
     batch_dim: Any,
     sequence_dim: Any,
@@ -123,6 +140,14 @@ def check_options(
     Raises:
         ConfigurationError: naming the one that cannot be.
     """
+    if data_parallel_loss not in ("mean", "sum"):
+        raise ConfigurationError(
+            f'data_parallel_loss must be "mean" or "sum", got {data_parallel_loss!r}.'
+        )
+    if context_order not in ("zigzag", "contiguous"):
+        raise ConfigurationError(
+            f'context_order must be "zigzag" or "contiguous", got {context_order!r}.'
+        )
     for name, value, least in (
         ("seed", seed, None),
         ("batch_dim", batch_dim, 0),

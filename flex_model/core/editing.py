@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from flex_model.core import debugging
-from flex_model.core.hook_function import EditingFunction
+from flex_model.core.hook_function import Edit
 from flex_model.core.local_noise import LocalNoise
 from flex_model.core.local_shard import LocalShard
-from flex_model.core.needs import needs_of
 from flex_model.core.randomness import RandomStreams
 from flex_model.core.results import checked
 from flex_model.core.session import Session
@@ -78,7 +76,7 @@ class Editing:
         self,
         local: Tensor,
         layout: ActivationLayout,
-        edits: Sequence[EditingFunction],
+        edits: Sequence[Edit],
         record: Callable[[Tensor | None], None],
         *,
         recompute: bool,
@@ -101,81 +99,66 @@ class Editing:
                 record(None if split.local.dims else part)
             before = _version(part)
             edited = part if split.scale == 1.0 else part * split.scale
-            for order, function in group:
-                call = self._call(function, edited, split.local)
+            for order, edit in group:
+                call = self._call(edit, edited, split.local)
                 with self._session.shared.over(split.local):
                     result = self._streams.run(
                         call, local, order, remember=remember, recompute=recompute
                     )
-                edited = self._checked(result, edited, function, split.local)
+                edited = self._checked(result, edited, edit, split.local)
             edited = edited if split.scale == 1.0 else edited / split.scale
             untouched = edited is part and before is not None and _version(part) == before
             if not untouched or (part.requires_grad and not split.gathered.told):
                 current = reshard(edited, split.gathered, mesh, self._memory)
         return current
 
-    def statistic(
-        self, local: Tensor, layout: ActivationLayout, function: EditingFunction
-    ) -> Tensor:
+    def statistic(self, local: Tensor, layout: ActivationLayout, edit: Edit) -> Tensor:
         """What a statistic of the whole tensor is, from every rank's part of it."""
-        session, needs = self._session, needs_of(function)
+        session, needs = self._session, edit.needs
         split = _Split(*needs.split(layout, local.ndim))
         part = assemble(local.detach(), split.gathered, session.mesh)
         part = part if split.scale == 1.0 else part * split.scale
         shard = LocalShard(part.shape, split.local, session.mesh)
-        call = partial(self._invoke, function, part, shard, session.save_ctx)
+        call = partial(self._invoke, edit, part, shard, session.save_ctx)
         found = self._streams.run(call, local, -1)
         whole = combined(
             found, part.shape, split.local, needs.reduced(part.ndim), needs.combine or "sum",
             session.mesh, self._where,
         )  # fmt: skip
         if session.debug:
-            invoke = partial(self._invoke, function)
+            invoke = partial(self._invoke, edit)
             debugging.check_statistic(invoke, part, split.local, whole, session, self._where)
         return whole
 
-    def _call(
-        self, function: EditingFunction, part: Tensor, local_dims: ActivationLayout
-    ) -> Callable[[], Any]:
+    def _call(self, edit: Edit, part: Tensor, local_dims: ActivationLayout) -> Callable[[], Any]:
         """An editing function with all that it is given."""
-        session, invoke = self._session, partial(self._invoke, function)
+        session, invoke = self._session, partial(self._invoke, edit)
         if session.debug:
             return partial(debugging.checked_edit, invoke, part, local_dims, session, self._where)
         shard = LocalShard(part.shape, local_dims, session.mesh)
         return partial(invoke, part, shard, session.save_ctx)
 
     def _checked(
-        self, result: Any, due: Tensor, function: EditingFunction, local_dims: ActivationLayout
+        self, result: Any, due: Tensor, edit: Edit, local_dims: ActivationLayout
     ) -> Tensor:
-        edited = checked(result, due, function, self._where)
+        edited = checked(result, due, edit, self._where)
         if self._session.debug and not local_dims.dims:
             debugging.check_replicas(edited, self._session, self._where)
         return edited
 
-    def _invoke(
-        self, function: EditingFunction, part: Tensor, shard: LocalShard, save_ctx: Namespace
-    ) -> Any:
-        told = {"shard": shard} if _takes_shard(function) else {}
+    def _invoke(self, edit: Edit, part: Tensor, shard: LocalShard, save_ctx: Namespace) -> Any:
+        told = {"shard": shard} if edit.takes_shard else {}
         with LocalNoise(shard, self._where) if shard.dims else nullcontext():
-            return function(self._module, part, save_ctx, self._session.modules, **told)
+            return edit.function(self._module, part, save_ctx, self._session.modules, **told)
 
 
 def _runs(
-    edits: Sequence[EditingFunction], layout: ActivationLayout, ndim: int
-) -> Iterator[tuple[_Split, list[tuple[int, EditingFunction]]]]:
+    edits: Sequence[Edit], layout: ActivationLayout, ndim: int
+) -> Iterator[tuple[_Split, list[tuple[int, Edit]]]]:
     """Neighbouring functions that work on the same part, which is gathered once for them."""
-    split_of = [_Split(*needs_of(function).split(layout, ndim)) for function in edits]
+    split_of = [_Split(*edit.needs.split(layout, ndim)) for edit in edits]
     for split, group in groupby(enumerate(edits), key=lambda numbered: split_of[numbered[0]]):
         yield split, list(group)
-
-
-def _takes_shard(function: EditingFunction) -> bool:
-    """Whether a function asks which part of the whole it is given."""
-    try:
-        parameters = signature(function).parameters
-    except (TypeError, ValueError):  # built in C
-        return False
-    return "shard" in parameters
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -11,27 +11,21 @@ from inspect import signature
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Store
 from torch.distributed.device_mesh import DeviceMesh
 
-from flex_model.core.arguments import check_options, whole_sizes
+from flex_model.core.arguments import check_options, check_wrapped, whole_sizes
 from flex_model.core.groups import ALL, HookGroups, Members
 from flex_model.core.hook_function import EditingFunction, HookFunction
 from flex_model.core.hook_point import Kind
+from flex_model.core.job_mesh import job_mesh
 from flex_model.core.parameters import whole_parameter
 from flex_model.core.records import Keep, Records
 from flex_model.core.registry import HookRegistry, unknown_name
 from flex_model.core.session import Session
 from flex_model.distributed.broadcast import broadcast_module
-from flex_model.distributed.mesh import (
-    ParallelMesh,
-    build_mesh,
-    device_type_of,
-    from_device_mesh,
-    watched,
-)
+from flex_model.distributed.mesh import ParallelMesh, watched
 from flex_model.errors import (
     ConfigurationError,
     CopyError,
@@ -41,7 +35,7 @@ from flex_model.errors import (
 )
 from flex_model.layouts.experts import refused
 from flex_model.layouts.names import named_modules, named_parameters, plain_name
-from flex_model.layouts.resolve import ContextOrder, Loss, groups_of
+from flex_model.layouts.resolve import ContextOrder, Loss
 
 __all__ = ["FlexModel"]
 
@@ -121,10 +115,11 @@ class FlexModel(nn.Module):
         store: Store | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(module, output_ptr, data_parallel_loss, context_order)
+        check_wrapped(module, output_ptr)
         check_options(
-            seed=seed, batch_dim=batch_dim, sequence_dim=sequence_dim, patience=patience,
-            mesh=mesh, process_group=process_group, store=store,
+            data_parallel_loss=data_parallel_loss, context_order=context_order, seed=seed,
+            batch_dim=batch_dim, sequence_dim=sequence_dim, patience=patience, mesh=mesh,
+            process_group=process_group, store=store,
         )  # fmt: skip
         sizes = {
             "pp": pipeline_parallel_size,
@@ -132,7 +127,7 @@ class FlexModel(nn.Module):
             "cp": context_parallel_size,
             "tp": tensor_parallel_size,
         }
-        ranks = watched(_mesh_of(module, sizes, process_group, mesh), store, patience)
+        ranks = watched(job_mesh(module, sizes, process_group, mesh), store, patience)
         if ranks.size("cp") > 1 and batch_dim == sequence_dim:
             raise ConfigurationError(
                 f"batch_dim and sequence_dim are both {batch_dim}, but context parallelism cuts "
@@ -557,47 +552,3 @@ class FlexModel(nn.Module):
             self._register(hook, kind)
             for group in groups[hook] - {ALL}:
                 self._groups.extend(hook, group)
-
-
-def _check_arguments(module: Any, output_ptr: Any, loss: Any, order: Any) -> None:
-    if not isinstance(module, nn.Module):
-        raise ConfigurationError(f"FlexModel wraps an nn.Module, got {type(module).__name__}.")
-    if not isinstance(output_ptr, dict):
-        raise ConfigurationError(
-            f"output_ptr must be the dict that records go to, got {type(output_ptr).__name__}."
-        )
-    if loss not in ("mean", "sum"):
-        raise ConfigurationError(f'data_parallel_loss must be "mean" or "sum", got {loss!r}.')
-    if order not in ("zigzag", "contiguous"):
-        raise ConfigurationError(f'context_order must be "zigzag" or "contiguous", got {order!r}.')
-
-
-def _mesh_of(
-    module: nn.Module,
-    sizes: dict[str, int],
-    process_group: ProcessGroup | None,
-    mesh: DeviceMesh | None,
-) -> ParallelMesh:
-    if mesh is not None:
-        if any(size != 1 for size in sizes.values()) or process_group is not None:
-            raise ConfigurationError("Give either a mesh, or sizes and a process_group, not both.")
-        return _checked_against_model(from_device_mesh(mesh), module)
-    adopted = groups_of(module) if dist.is_available() and dist.is_initialized() else {}
-    fully_sharded = adopted["dp"].size() if "dp" in adopted and "cp" not in adopted else 0
-    if sizes["cp"] > 1 and fully_sharded == sizes["dp"] * sizes["cp"]:
-        del adopted["dp"]  # parameters are cut over the ranks of both
-    return build_mesh(sizes, process_group, adopted, device_type_of(module))
-
-
-def _checked_against_model(mesh: ParallelMesh, module: nn.Module) -> ParallelMesh:
-    """Refuse a mesh on which the model's tensor-parallel ranks are others than the model has."""
-    group = groups_of(module).get("tp") if dist.is_initialized() else None
-    due = dist.get_process_group_ranks(group) if group is not None else []
-    found = list(mesh.along("tp").ranks) if mesh.size("tp") > 1 else [mesh.rank]
-    if len(due) > 1 and found != due:
-        raise ConfigurationError(
-            f"The model is spread over the tensor-parallel ranks {due}, but the mesh has {found} "
-            f"along tp of rank {mesh.rank}. Give the mesh that the model was parallelized with, "
-            "its dims named."
-        )
-    return mesh

@@ -4,16 +4,47 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
 
 from torch import Tensor, nn
 from torch.distributed.tensor.placement_types import Placement
 
 from flex_model.core.arguments import checked_placements, whole_sizes
-from flex_model.core.needs import WHOLE, needs_of
+from flex_model.core.needs import WHOLE, Needs, needs_of
 
-__all__ = ["EditingFunction", "HookFunction"]
+__all__ = ["Edit", "EditingFunction", "HookFunction"]
 
 EditingFunction = Callable[[nn.Module, Tensor, Namespace, nn.ModuleDict], Tensor]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An editing function and what it declares, read once.
+
+    Attributes:
+        function: the function itself.
+        needs: how much of the tensor it needs.
+        takes_shard: whether it asks, by a keyword ``shard``, which part of the whole it is given.
+    """
+
+    function: EditingFunction
+    needs: Needs
+    takes_shard: bool
+
+    @classmethod
+    def of(cls, function: EditingFunction) -> Edit:
+        """Read a function's declarations and signature."""
+        try:
+            takes_shard = "shard" in signature(function).parameters
+        except (TypeError, ValueError):  # built in C, or no function: refused when registered
+            takes_shard = False
+        return cls(function, needs_of(function), takes_shard)
+
+    @property
+    def name(self) -> str:
+        """The function's name, for messages and statistics."""
+        return getattr(self.function, "__name__", None) or repr(self.function)
 
 
 class HookFunction:
@@ -83,27 +114,36 @@ class HookFunction:
         self.gradients = checked_placements(gradients or {}, "gradients", module_name)
 
     @property
-    def statistic(self) -> EditingFunction | None:
-        """The function, if it returns a statistic, recorded in the activation's place."""
-        function = self.editing_function
-        return function if function is not None and needs_of(function).combine else None
+    def editing_function(self) -> EditingFunction | None:
+        """The function given."""
+        return self._function.function if self._function is not None else None
+
+    @editing_function.setter
+    def editing_function(self, function: EditingFunction | None) -> None:
+        self._function = Edit.of(function) if function is not None else None
 
     @property
-    def edit(self) -> EditingFunction | None:
+    def statistic(self) -> Edit | None:
+        """The function, if it returns a statistic, recorded in the activation's place."""
+        function = self._function
+        return function if function is not None and function.needs.combine else None
+
+    @property
+    def edit(self) -> Edit | None:
         """The function, if its result takes the activation's place."""
-        return None if self.statistic is not None else self.editing_function
+        return None if self.statistic is not None else self._function
 
     @property
     def recorded(self) -> bool:
         """Whether the activation itself is recorded."""
-        if self.record is not None or self.editing_function is None:
+        if self.record is not None or self._function is None:
             return self.record is not False
-        return needs_of(self.editing_function) == WHOLE
+        return self._function.needs == WHOLE
 
     @property
     def name(self) -> str:
         """The editing function's name, for messages and statistics."""
-        return getattr(self.editing_function, "__name__", None) or repr(self.editing_function)
+        return self._function.name if self._function is not None else "None"
 
     def record_key(self, activations: str) -> str:
         """Where its records go: statistics beside the activations, under their own names."""

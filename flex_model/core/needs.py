@@ -70,6 +70,8 @@ class Needs:
         self, layout: ActivationLayout, ndim: int
     ) -> tuple[ActivationLayout, ActivationLayout]:
         """The mesh dims to gather over, and those over which the function works on its shard."""
+        if self == WHOLE:
+            return layout, ActivationLayout(())
         free = self.independent(ndim)
 
         def suffices(dim: DimLayout) -> bool:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flex_model.core.hook_function import EditingFunction
+from flex_model.core.hook_function import Edit
 from flex_model.errors import EditError
 
 __all__ = ["checked"]
 
 
-def checked(result: Any, due: Tensor, function: EditingFunction, where: str) -> Tensor:
+def checked(result: Any, due: Tensor, edit: Edit, where: str) -> Tensor:
     """The result, fit to take the place of ``due``.
 
     Raises:
@@ -29,9 +29,8 @@ def checked(result: Any, due: Tensor, function: EditingFunction, where: str) -> 
         return _apart(result)
 
     def refuse(got: str, way_out: str) -> EditError:
-        name = getattr(function, "__name__", repr(function))
         return EditError(
-            f"{where}: editing function {name} returned {got}, but a tensor of shape "
+            f"{where}: editing function {edit.name} returned {got}, but a tensor of shape "
             f"{tuple(due.shape)}, {due.dtype} on {due.device} was due. {way_out}"
         )
 

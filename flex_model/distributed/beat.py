@@ -17,6 +17,7 @@ _WAITING = (
     ("distributed_c10d.py", ""),
     ("_functional_collectives.py", ""),
     ("graph.py", "_engine_run_backward"),
+    ("p2p_communication.py", ""),  # megatron's pipeline schedules
 )
 # Of a second: a process that uses more computes there, and does not wait.
 _IDLE = 0.1

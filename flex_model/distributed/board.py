@@ -130,7 +130,9 @@ class Board:
 
     def describe(self, what: str, lines: Iterable[str]) -> None:
         """Post what a forward runs, line by line, under the word that stands for it."""
-        self._store.set(f"what/{what}", "\n".join(lines))
+        key = f"what/{what}"
+        self._store.set(key, "\n".join(lines))
+        self._store.check([key])  # answered after the set: whoever hears of the word finds them
 
     def description(self, what: str) -> list[str]:
         """The lines behind a word; none if nobody posted them."""

@@ -300,6 +300,6 @@ def _spelled(sizes: Mapping[str, int]) -> str:
 
 
 def device_type_of(module: nn.Module) -> str:
-    """Where the model's parameters lie; "cpu" for a model without any."""
-    parameter = next(module.parameters(), None)
-    return parameter.device.type if parameter is not None else "cpu"
+    """Where the model's parameters lie, but for offloaded ones; "cpu" for a model without any."""
+    devices = (parameter.device.type for parameter in module.parameters())
+    return next((device for device in devices if device != "meta"), "cpu")

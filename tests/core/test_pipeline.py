@@ -52,8 +52,8 @@ from flex_model.errors import (
 from flex_model.testing.ranks import RankFailure, run_ranks
 from frameworks.values import value_of
 
-# A rank that fails first waits ten for others that may fail alike.
-SECONDS = 15.0
+# The promise; a rank that fails first waits half of it for others that may fail alike.
+SECONDS = 10.0
 
 
 def _same(found: Sequence[Tensor], due: Sequence[Tensor], what: str) -> None:
