@@ -15,7 +15,9 @@ __all__ = [
     "GradientPlacementError",
     "GroupError",
     "HintError",
+    "ImportanceError",
     "LayoutError",
+    "NothingCollectedError",
     "RankDisagreementError",
     "RankFailedError",
     "RecomputeError",
@@ -74,3 +76,11 @@ class RecomputeError(FlexModelError, RuntimeError):
 
 class RankFailedError(FlexModelError, RuntimeError):
     """Another rank raised, was killed or left, so that this one would wait for it in vain."""
+
+
+class ImportanceError(FlexModelError, RuntimeError):
+    """Scores of channels, heads or layers cannot be computed, stored or restored as asked."""
+
+
+class NothingCollectedError(ImportanceError, AssertionError):
+    """Scores are asked for that nothing, or not enough, has been collected for."""

@@ -115,11 +115,7 @@ class Editing:
     def statistic(self, local: Tensor, layout: ActivationLayout, edit: Edit) -> Tensor:
         """What a statistic of the whole tensor is, from every rank's part of it."""
         session, needs = self._session, edit.needs
-        split = _Split(*needs.split(layout, local.ndim))
-        part = assemble(local.detach(), split.gathered, session.mesh)
-        part = part if split.scale == 1.0 else part * split.scale
-        shard = LocalShard(part.shape, split.local, session.mesh)
-        call = partial(self._invoke, edit, part, shard, session.save_ctx)
+        call, part, split = self._look(local, layout, edit)
         found = self._streams.run(call, local, -1)
         whole = combined(
             found, part.shape, split.local, needs.reduced(part.ndim), needs.combine or "sum",
@@ -129,6 +125,23 @@ class Editing:
             invoke = partial(self._invoke, edit)
             debugging.check_statistic(invoke, part, split.local, whole, session, self._where)
         return whole
+
+    def observe(self, local: Tensor, layout: ActivationLayout, edit: Edit) -> None:
+        """Show a function this rank's part of the tensor."""
+        call, _, _ = self._look(local, layout, edit)
+        with torch.no_grad():
+            self._streams.run(call, local, -1)
+
+    def _look(
+        self, local: Tensor, layout: ActivationLayout, edit: Edit
+    ) -> tuple[Callable[[], Any], Tensor, _Split]:
+        """A function that changes nothing, with the part that it needs."""
+        session = self._session
+        split = _Split(*edit.needs.split(layout, local.ndim))
+        part = assemble(local.detach(), split.gathered, session.mesh)
+        part = part if split.scale == 1.0 else part * split.scale
+        shard = LocalShard(part.shape, split.local, session.mesh)
+        return partial(self._invoke, edit, part, shard, session.save_ctx), part, split
 
     def _call(self, edit: Edit, part: Tensor, local_dims: ActivationLayout) -> Callable[[], Any]:
         """An editing function with all that it is given."""

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,14 @@ from flex_model.layouts.experts import refused
 from flex_model.layouts.names import named_modules, named_parameters, plain_name
 from flex_model.layouts.resolve import ContextOrder, Loss
 
-__all__ = ["FlexModel"]
+__all__ = ["FlexModel", "Observer"]
+
+
+class Observer(Protocol):
+    """What looks at activations through several hook functions."""
+
+    def hook_functions(self, module_name: str) -> list[tuple[Kind, HookFunction]]:
+        """The hook functions by which it looks at a module, and their kinds."""
 
 
 class FlexModel(nn.Module):
@@ -195,6 +202,21 @@ class FlexModel(nn.Module):
         The whole gradient is the parameter's in the one-process loss, before accumulation.
         """
         self._register(hook_function, "tensor")
+
+    def register_importance_hook(self, module_name: str, hook: Observer) -> None:
+        """Let a hook of `flex_model.importance` see a module's input or output as it is sharded.
+
+        Nothing of the activation is moved or changed. The hook functions that it takes belong to
+        groups and are taken off as any others.
+
+        Raises:
+            UnknownModuleError: see `register_forward_hook`.
+        """
+        hooks = hook.hook_functions(module_name)
+        for kind, function in hooks:
+            self._registry.check(function, kind)
+        for kind, function in hooks:
+            self._register(function, kind)
 
     def register_trainable_module(self, name: str, module: nn.Module) -> None:
         """Hand a module to every editing function, as ``modules[name]``.

@@ -131,7 +131,15 @@ class HookFunction:
     @property
     def edit(self) -> Edit | None:
         """The function, if its result takes the activation's place."""
-        return None if self.statistic is not None else self._function
+        function = self._function
+        changes = function is not None and not (function.needs.combine or function.needs.observes)
+        return function if changes else None
+
+    @property
+    def observer(self) -> Edit | None:
+        """The function, if it only looks."""
+        function = self._function
+        return function if function is not None and function.needs.observes else None
 
     @property
     def recorded(self) -> bool:

@@ -268,6 +268,8 @@ class HookPoint(NotCopied):
         edits = [hook.edit for hook in active if hook.edit is not None]
         recompute = not transposed and in_backward()
         records = not recompute and self._session.stages.records(self.key.name)
+        if not recompute:
+            self._show(local, layout, active)
         if records:
             self._take_statistics(local, layout, active)
         recorded = records and any(hook.recorded for hook in active)
@@ -282,6 +284,13 @@ class HookPoint(NotCopied):
             record(None)
             return local
         return self._editing.edit(local, layout, edits, record, recompute=recompute)
+
+    def _show(
+        self, local: Tensor, layout: ActivationLayout, active: Sequence[HookFunction]
+    ) -> None:
+        for hook in active:
+            if hook.observer is not None:
+                self._editing.observe(local, layout, hook.observer)
 
     def _take_statistics(
         self, local: Tensor, layout: ActivationLayout, active: Sequence[HookFunction]

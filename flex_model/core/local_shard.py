@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
+from flex_model.distributed.collectives import all_reduce_sum
 from flex_model.distributed.mesh import ParallelMesh
-from flex_model.distributed.routing import disassemble
-from flex_model.layouts.layout import ActivationLayout, DimLayout, is_sharded, shard_dim
+from flex_model.distributed.routing import assemble, disassemble
+from flex_model.layouts.layout import (
+    ActivationLayout,
+    DimLayout,
+    block_count,
+    is_sharded,
+    shard_dim,
+)
 
 __all__ = ["LocalShard"]
 
@@ -37,20 +49,74 @@ class LocalShard:
         """Where this rank's entries along a dim stand in the whole: ``[shape[dim]]``, int64."""
         dim %= len(self.shape)
         everything = torch.arange(self.whole_shape[dim])
-        return self._part(everything, 0, dim)
+        return self.take(everything, 0, dim)
 
-    def take(self, whole: Tensor, dim: int = -1, of: int = -1) -> Tensor:
+    def cuts(self, dims: Collection[int]) -> bool:
+        """Whether other ranks hold other slices of any of these dims."""
+        return bool(self._over(dims))
+
+    def ranks(self, dims: Collection[int]) -> int:
+        """Over how many ranks these dims are cut."""
+        return math.prod(dim.size for dim in self._over(dims))
+
+    def count(self, dims: Collection[int]) -> int:
+        """Entries along some dims of the whole tensor, multiplied."""
+        return math.prod(self.whole_shape[dim] for dim in dims)
+
+    def leads(self, dims: Collection[int]) -> bool:
+        """Whether this rank is the first of those that hold other slices of these dims.
+
+        What is to count once in a sum over them, it holds.
+        """
+        return all(self._mesh.coordinate(dim.name) == 0 for dim in self._over(dims))
+
+    def summed(self, term: Tensor, dims: Collection[int], *, in_place: bool = False) -> Tensor:
+        """Terms of a sum added up over the ranks that hold other slices of these dims. Collective.
+
+        One all-reduce of ``term`` over each mesh dim that cuts one of them.
+        """
+        for dim in self._over(dims):
+            term = all_reduce_sum(term, self._mesh.along(dim.name), in_place=in_place)
+        return term
+
+    def gathered(
+        self,
+        part: Tensor,
+        dim: int = -1,
+        of: int = -1,
+        over: Collection[str] | None = None,
+    ) -> Tensor:
+        """Every rank's part of what belongs to a dim of the activation. Collective: inverse of
+        `take`.
+
+        Args:
+            part: holds, along ``dim``, an entry for every entry of this rank's shard.
+            dim: dim of ``part``.
+            of: the activation's dim that it belongs to.
+            over: the mesh dims to gather over; None for all.
+        """
+        return assemble(part, self._cut_like(of, dim % part.ndim, over), self._mesh)
+
+    def take(
+        self,
+        whole: Tensor,
+        dim: int = -1,
+        of: int = -1,
+        over: Collection[str] | None = None,
+    ) -> Tensor:
         """This rank's part of a tensor that is whole: a per-channel weight, a mask.
 
         Args:
             whole: holds, along ``dim``, an entry for every entry of the whole activation.
             dim: dim of ``whole``.
             of: the activation's dim that it belongs to.
+            over: the mesh dims that ``whole`` is not cut over yet; None for all.
 
         Returns:
             ``whole`` with ``dim`` cut to this rank's length; differentiable.
         """
-        return self._part(whole, dim % whole.ndim, of % len(self.shape))
+        layout = self._cut_like(of, dim % whole.ndim, over)
+        return disassemble(whole, layout, self._mesh) if layout.dims else whole
 
     def take_aligned(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that broadcasts against the whole activation."""
@@ -75,10 +141,43 @@ class LocalShard:
         whole[torch.meshgrid([row.to(part.device) for row in rows], indexing="ij")] = part
         return whole
 
-    def _part(self, whole: Tensor, at: int, dim: int) -> Tensor:
-        """Cut dim ``at`` as the activation's ``dim`` is cut."""
-        cuts = [d.on(at) for d in self._layout.dims if _at(d) % len(self.shape) == dim]
-        return disassemble(whole, ActivationLayout(tuple(cuts)), self._mesh) if cuts else whole
+    def facts(self) -> dict[str, Any]:
+        """All that `from_facts` needs, in numbers and strings: for a file."""
+        return {
+            "shape": list(self.shape),
+            "dims": [
+                {
+                    "name": dim.name,
+                    "size": dim.size,
+                    "dim": _at(dim),
+                    "blocks": block_count(dim.value),  # type: ignore[arg-type]
+                    "shard_sizes": dim.shard_sizes,
+                    "zigzag": dim.zigzag,
+                }
+                for dim in self._layout.dims
+            ],
+        }
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], mesh: ParallelMesh) -> LocalShard:
+        """The same shard on the same rank, of a job that runs on as many."""
+        dims = []
+        for told in facts["dims"]:
+            at, blocks, sizes = told["dim"], told["blocks"], told["shard_sizes"]
+            cut = Shard(at) if blocks == 1 else _StridedShard(at, split_factor=blocks)
+            dim = DimLayout(told["name"], told["size"], cut, cut, zigzag=told["zigzag"])
+            dims.append(replace(dim, shard_sizes=tuple(sizes) if sizes is not None else None))
+        return cls(facts["shape"], ActivationLayout(tuple(dims)), mesh)
+
+    def _over(self, dims: Collection[int]) -> list[DimLayout]:
+        """The mesh dims that cut any of these."""
+        named = {dim % len(self.shape) for dim in dims}
+        return [dim for dim in self._layout.dims if _at(dim) % len(self.shape) in named]
+
+    def _cut_like(self, of: int, at: int, over: Collection[str] | None = None) -> ActivationLayout:
+        """The cut of the activation's dim, as one of dim ``at`` of another tensor."""
+        cuts = [d.on(at) for d in self._over([of]) if over is None or d.name in over]
+        return ActivationLayout(tuple(cuts))
 
 
 def _at(dim: DimLayout) -> int:

@@ -16,6 +16,10 @@ wire where the shard suffices:
     def energy(current_module, inputs, save_ctx, modules):
         return inputs.square().sum((0, 1))
 
+    @observes                                      # looks at the shard, edits and returns nothing
+    def count(current_module, inputs, save_ctx, modules, *, shard):
+        save_ctx.zeros += (inputs == 0).sum()
+
 A function that takes a keyword ``shard`` is told which part it holds (`LocalShard`). FlexModel's
 ``debug=True`` runs every declared function on the whole tensor as well and names those that
 claimed too much.
@@ -30,8 +34,8 @@ from typing import Any, Literal, TypeVar
 from flex_model.errors import ConfigurationError
 from flex_model.layouts.layout import ActivationLayout, DimLayout, is_sharded, shard_dim
 
-__all__ = ["WHOLE", "Combine", "Needs", "channelwise", "elementwise", "needs_of", "reduces"]
-__all__ += ["tokenwise"]
+__all__ = ["WHOLE", "Combine", "Needs", "channelwise", "elementwise", "needs_of", "observes"]
+__all__ += ["reduces", "tokenwise"]
 
 Combine = Literal["sum", "mean", "max", "min"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -49,12 +53,14 @@ class Needs:
         combine: how a statistic's results on slices of the dims in ``over`` make the whole one's;
             None for an edit.
         over: tensor dims that a statistic reduces.
+        observes: whether the function only looks: it runs once a forward, and returns nothing.
     """
 
     along: tuple[int, ...] = ()
     but: bool = False
     combine: Combine | None = None
     over: tuple[int, ...] = ()
+    observes: bool = False
 
     def independent(self, ndim: int) -> set[int]:
         """The dims of a tensor of so many dims along which a shard suffices."""
@@ -104,6 +110,16 @@ def channelwise(function: Function) -> Function:
 def tokenwise(function: Function) -> Function:
     """Declare that a function treats the vectors along the last dim each by itself."""
     return _declared(function, Needs(along=(-1,), but=True))
+
+
+def observes(function: Function) -> Function:
+    """Declare that a function looks at this rank's shard, and edits and records nothing.
+
+    It is called once in each forward, detached from the autograd graph (not again when activation
+    checkpointing recomputes one), before the edits. What it returns is dropped. Terms of a sum are
+    added up for it; nothing else is moved.
+    """
+    return _declared(function, Needs(but=True, observes=True))
 
 
 def reduces(combine: Combine, over: Collection[int]) -> Callable[[Function], Function]:

@@ -91,14 +91,22 @@ def gather_along(
     return None
 
 
-def all_reduce_sum(term: Tensor, group: Communicator) -> Tensor:
-    """The sum over the group, freshly allocated, on every rank."""
-    return reduced(term, group, dist.ReduceOp.SUM)
+def all_reduce_sum(term: Tensor, group: Communicator, *, in_place: bool = False) -> Tensor:
+    """The sum over the group on every rank: freshly allocated, or in a contiguous ``term``."""
+    return reduced(term, group, dist.ReduceOp.SUM, in_place=in_place)
 
 
-def reduced(term: Tensor, group: Communicator, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    """One all-reduce into a fresh tensor."""
-    total = term.detach().clone(memory_format=torch.contiguous_format)
+def reduced(
+    term: Tensor,
+    group: Communicator,
+    operation: dist.ReduceOp.RedOpType,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """One all-reduce into a fresh tensor, or into a contiguous ``term`` itself."""
+    total = term.detach()
+    if not in_place:
+        total = total.clone(memory_format=torch.contiguous_format)
     work = dist.all_reduce(total, op=operation, group=group.group, async_op=True)
     group.finish(work, total.device)
     return total

@@ -1,0 +1,40 @@
+"""Importance: which channels, heads and layers a model can do without, at any sharding.
+
+Every hook is a plain forward hook, and runs under FlexModel (`FlexModel.register_importance_hook`),
+where each rank scores its own channels on its own tokens and one vector is gathered in the end.
+"""
+
+from flex_model.importance.activation import PaddingMask
+from flex_model.importance.depth import LayerSimilarityHook, layer_scores
+from flex_model.importance.evaluation import evaluate_importance_scores
+from flex_model.importance.files import dump_scores, load_scores, load_states, save_states
+from flex_model.importance.heads import (
+    AttentionHeadHook,
+    Heads,
+    IndependentKvHeadContributionHook,
+)
+from flex_model.importance.hook import ForwardHook
+from flex_model.importance.independent import IndependentChannelContributionHook
+from flex_model.importance.iterative import IterativeChannelContributionHook
+from flex_model.importance.l2_norm import L2NormHook, MegatronL2NormHook
+from flex_model.importance.layer_norm import LayerNormContributionHook
+
+__all__ = [
+    "AttentionHeadHook",
+    "ForwardHook",
+    "Heads",
+    "IndependentChannelContributionHook",
+    "IndependentKvHeadContributionHook",
+    "IterativeChannelContributionHook",
+    "L2NormHook",
+    "LayerNormContributionHook",
+    "LayerSimilarityHook",
+    "MegatronL2NormHook",
+    "PaddingMask",
+    "dump_scores",
+    "evaluate_importance_scores",
+    "layer_scores",
+    "load_scores",
+    "load_states",
+    "save_states",
+]

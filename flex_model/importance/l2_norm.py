@@ -1,0 +1,130 @@
+"""Channels by the L2 norm of their activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from flex_model.errors import ImportanceError
+from flex_model.importance.activation import Activation
+from flex_model.importance.checks import collected, keys_of, vector
+from flex_model.importance.hook import ForwardHook
+from flex_model.importance.sharded_sum import ShardedSum
+from flex_model.layouts.sources import Side, loaded
+
+__all__ = ["L2NormHook", "MegatronL2NormHook"]
+
+
+class L2NormHook(ForwardHook):
+    """Channels by ``sqrt(sum over samples of (mean over a sample's tokens of |x|)^2)``.
+
+    Minitron's score (Muralidharan et al. 2024, eq. 2 and 3), as NVIDIA ModelOpt computes it. Any
+    layer; ``[sequence, batch, channels]``, or ``[tokens, channels]`` as one sample (an expert's
+    input; no token, no effect).
+
+    Args:
+        sequence_dim: 0 for ``[sequence, batch, channels]`` (Megatron, the default), 1 for
+            ``[batch, sequence, channels]``.
+        per_token: ``sqrt(sum over tokens of x^2)`` in place of the above, which depends on how
+            tokens are packed into samples; this does not.
+        side: whether the layer's "input" or its "output" is scored (norms: the output).
+
+    Traffic per call: none; where context parallelism cuts sequences one sum of ``[batch, own
+    channels]``.
+    """
+
+    def __init__(
+        self,
+        sequence_dim: int = 0,
+        *,
+        per_token: bool = False,
+        side: Literal["input", "output"] = "input",
+    ) -> None:
+        super().__init__(sequence_dim)
+        if side not in ("input", "output"):
+            raise ImportanceError(f'side must be "input" or "output", got {side!r}.')
+        self.per_token = per_token
+        self.watches: tuple[Side, ...] = (side,)  # type: ignore[misc]
+        self._squares = ShardedSum()
+
+    @property
+    def sums(self) -> Mapping[str, ShardedSum]:
+        return {"activations": self._squares}
+
+    def see(
+        self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
+    ) -> None:
+        seen = inputs if inputs is not None else outputs
+        assert seen is not None
+        if self.per_token:
+            term = seen.norm(2, seen.leading).square()
+            self._squares.add(self.noted(term), seen.shard, seen.leading)
+            return
+        along, across = self._dims(module, seen)
+        if seen.shard.count(seen.leading) == 0:  # an expert that no token chose
+            return
+        sums = seen.norm(1, (along,))
+        sums = seen.shard.summed(sums, (along,))
+        means = sums / self._lengths(seen, along)
+        squares = means.square()
+        term = squares.sum(0) if across else squares
+        self._squares.add(self.noted(term), seen.shard, across)
+
+    def _dims(self, module: nn.Module, seen: Activation) -> tuple[int, tuple[int, ...]]:
+        """The dim of a sample's tokens, and that of samples."""
+        if seen.values.ndim == 2:
+            return 0, ()
+        if seen.values.ndim != 3:
+            raise ImportanceError(
+                f"{self._who(module)}: an activation {tuple(seen.values.shape)} is neither "
+                "[sequence, batch, channels] nor [tokens, channels]. per_token=True takes any."
+            )
+        return self.sequence_dim, (1 - self.sequence_dim,)
+
+    def _lengths(self, seen: Activation, along: int) -> Tensor | float:
+        """Tokens of each sample that count."""
+        if seen.mask is None:
+            return float(seen.shard.whole_shape[along])
+        counts = seen.shard.summed(seen.keep.sum(along), (along,))
+        return counts.clamp(min=1).unsqueeze(-1)
+
+    def _who(self, module: nn.Module) -> str:
+        return f"{type(self).__name__} on {self.name or type(module).__name__}"
+
+    def accumulate(self) -> Tensor:
+        """``[channels]``, float32."""
+        return collected(self._squares.whole(), type(self).__name__).sqrt()
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """``score``: `accumulate`'s."""
+        return {"score": self.accumulate()}
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """``activations``: the sum of squares ``[channels]``, None before the first call."""
+        return {"activations": self._squares.whole()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """See `state_dict`."""
+        keys_of(state_dict, ["activations"], type(self).__name__)
+        squares = state_dict["activations"]
+        if squares is not None:
+            squares = vector(squares, None, "activations", type(self).__name__)
+        self._squares.restore(squares)
+
+
+class MegatronL2NormHook(L2NormHook):
+    """`L2NormHook` over the whole hidden dimension of Megatron's tensor-parallel ranks.
+
+    Where the hooked module does not tell how its input lies, it is taken to be cut along channels
+    over Megatron's tensor-parallel group. A replicated input is not counted twice.
+    """
+
+    def _group(self) -> ProcessGroup | None:
+        state = loaded("megatron.core.parallel_state")
+        if state is None or not state.model_parallel_is_initialized():
+            return None
+        group: ProcessGroup = state.get_tensor_model_parallel_group()
+        return group if group.size() > 1 else None
