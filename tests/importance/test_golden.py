@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import (
-    cases,
     kv_kwargs,
     layer_of,
     named,
