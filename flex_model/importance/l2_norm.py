@@ -12,8 +12,9 @@ from flex_model.errors import ImportanceError
 from flex_model.importance.activation import Activation
 from flex_model.importance.checks import collected, keys_of, vector
 from flex_model.importance.hook import ForwardHook
+from flex_model.importance.layer import megatron_group
 from flex_model.importance.sharded_sum import ShardedSum
-from flex_model.layouts.sources import Side, loaded
+from flex_model.layouts.sources import Side
 
 __all__ = ["L2NormHook", "MegatronL2NormHook"]
 
@@ -123,8 +124,4 @@ class MegatronL2NormHook(L2NormHook):
     """
 
     def _group(self) -> ProcessGroup | None:
-        state = loaded("megatron.core.parallel_state")
-        if state is None or not state.model_parallel_is_initialized():
-            return None
-        group: ProcessGroup = state.get_tensor_model_parallel_group()
-        return group if group.size() > 1 else None
+        return megatron_group()
