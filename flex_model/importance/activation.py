@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from flex_model.core.local_shard import LocalShard
 from flex_model.errors import ImportanceError
 
 __all__ = ["Activation", "PaddingMask"]
+
+# An activation is looked at in so many pieces, but not in smaller ones than so many entries.
+_PIECES, _LEAST_PIECE = 8, 2**17
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,33 @@ class Activation:
         """How many tokens the whole tensor holds that count."""
         return self.mask.count if self.mask is not None else self.shard.count(self.leading)
 
-    @property
-    def exact(self) -> Tensor:
-        """The values in float32, padding as zeros: ``[..., channels]``."""
-        values = self.values.float()
-        return values if self.mask is None else values * self.keep.unsqueeze(-1)
+    def summed(self, function: Callable[[Tensor], Tensor], dim: int | None = None) -> Tensor:
+        """A function of every entry summed in float32, padding left out.
 
-    def norm(self, order: int, dims: tuple[int, ...]) -> Tensor:
-        """The vector norm over some dims, in one pass in float32, padding left out.
+        Taken piece by piece, so that neither a float32 copy nor the function's result is ever as
+        large as the activation.
 
-        No copy of the activation is made unless there is padding.
+        Args:
+            function: of a piece, entry by entry; zero for zero.
+            dim: the dim to sum over; None for all but the channels'.
+
+        Returns:
+            The shape of the values without the dims summed over.
         """
-        narrow = self.mask is None and self.values.dtype != torch.float64
-        values = self.values if narrow else self.exact
-        return torch.linalg.vector_norm(values, order, dims, dtype=torch.float32)
+        values = self.values if dim is not None else self.values.flatten(0, -2)
+        keep = self.keep if self.mask is not None else None
+        keep = keep.flatten() if keep is not None and dim is None else keep
+        dim = dim or 0
+        shape = [size for at, size in enumerate(values.shape) if at != dim]
+        total = values.new_zeros(shape, dtype=torch.float32)
+        room = max(_LEAST_PIECE, values.numel() // _PIECES)
+        size = max(1, room * values.shape[dim] // max(1, values.numel()))
+        pieces = values.split(size, dim)
+        masks = keep.split(size, dim) if keep is not None else (None,) * len(pieces)
+        for piece, mask in zip(pieces, masks, strict=True):
+            exact = piece.float() if mask is None else piece.float() * mask.unsqueeze(-1)
+            total += function(exact).sum(dim)
+        return total
 
     @property
     def keep(self) -> Tensor:

@@ -62,7 +62,7 @@ class IndependentChannelContributionHook(ForwardHook):
             self._norms.add(norms, inputs.shard, ())
         if inputs.tokens == 0:
             return
-        sums = inputs.norm(1, inputs.leading)
+        sums = inputs.summed(torch.abs)
         self._means.add(self.noted(sums / inputs.tokens), inputs.shard, inputs.leading)
 
     def accumulate(self) -> Tensor:

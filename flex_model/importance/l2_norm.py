@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -61,13 +62,13 @@ class L2NormHook(ForwardHook):
         seen = inputs if inputs is not None else outputs
         assert seen is not None
         if self.per_token:
-            term = seen.norm(2, seen.leading).square()
+            term = seen.summed(torch.square)
             self._squares.add(self.noted(term), seen.shard, seen.leading)
             return
         along, across = self._dims(module, seen)
         if seen.shard.count(seen.leading) == 0:  # an expert that no token chose
             return
-        sums = seen.norm(1, (along,))
+        sums = seen.summed(torch.abs, along)
         sums = seen.shard.summed(sums, (along,))
         means = sums / self._lengths(seen, along)
         squares = means.square()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from flex_model.errors import ImportanceError
@@ -63,7 +64,7 @@ class LayerNormContributionHook(ForwardHook):
         assert outputs is not None
         if outputs.tokens == 0:
             return
-        sums = outputs.norm(1, outputs.leading)
+        sums = outputs.summed(torch.abs)
         self._means.add(self.noted(sums / outputs.tokens), outputs.shard, outputs.leading)
 
     def accumulate(self) -> Tensor:
