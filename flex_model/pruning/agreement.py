@@ -62,7 +62,7 @@ def agreed(model: nn.Module, attempt: Callable[[], T], spelled: Callable[[T], st
 def _exchanged_texts(
     text: str, longest: int, device: torch.device, ranks: Communicator
 ) -> Sequence[str]:
-    own = text.encode().ljust(longest, b"\0")
+    own = list(text.encode().ljust(longest, b"\0"))
     return [bytes(row).rstrip(b"\0").decode() for row in exchanged(own, device, ranks)]
 
 

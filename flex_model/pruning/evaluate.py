@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from flex_model.errors import PruningError
 from flex_model.pruning.cut import pruned
-from flex_model.pruning.dimensions import Dimension
 from flex_model.pruning.prune import plan_alike
 from flex_model.pruning.scores import Scores, random_scores
-from flex_model.pruning.target import Target
+from flex_model.pruning.target import Target, Targets
 
 __all__ = ["Comparison", "Measured", "compare", "perplexity"]
 
@@ -100,13 +99,7 @@ def compare(
     Raises:
         PruningError: as for `prune` and `perplexity`.
     """
-    targets: dict[Dimension, Target | None] = {
-        "ffn": ffn,
-        "kv_heads": kv_heads,
-        "hidden": hidden,
-        "layers": layers,
-        "experts": experts,
-    }
+    targets = Targets(ffn=ffn, kv_heads=kv_heads, hidden=hidden, layers=layers, experts=experts)
     batches = list(batches)
     plan = plan_alike(model, scores, targets)
     found = [Measured("before", plan.parameters_before, perplexity(model, batches))]

@@ -20,7 +20,7 @@ from flex_model.pruning.configuration import (
 from flex_model.pruning.dimensions import DIMENSIONS, Dimension, Dimensions, Space, read
 from flex_model.pruning.scores import Scores, check_names, scores_of
 from flex_model.pruning.sharded import check_even, check_spread
-from flex_model.pruning.target import Target, sizes_for
+from flex_model.pruning.target import Target, Targets, sizes_for
 
 __all__ = ["Cut", "PruningPlan", "make_plan"]
 
@@ -75,7 +75,7 @@ class PruningPlan:
         return {cut.space.name: cut.kept for cut in self.cuts}
 
 
-def make_plan(model: nn.Module, scores: Scores, targets: Mapping[Dimension, Target]) -> PruningPlan:
+def make_plan(model: nn.Module, scores: Scores, targets: Targets) -> PruningPlan:
     """Choose what is kept, and check that a working model comes of it. Changes nothing.
 
     Args:
@@ -86,15 +86,14 @@ def make_plan(model: nn.Module, scores: Scores, targets: Mapping[Dimension, Targ
     Raises:
         PruningError: the architecture, the scores or the targets do not fit.
     """
-    check_spread(model)
     dimensions = read(model)
-    if not targets:
-        raise PruningError("Nothing to prune: give a target for at least one dimension.")
+    check_spread(model)
     check_names(model, dimensions, scores)
+    given = _given(targets)
     config: Any = model.config
-    order = _layer_order(dimensions, scores, targets)
+    order = _layer_order(dimensions, scores, given)
     sizes = sizes_for(
-        dimensions, targets, _smallest(config, dimensions), partial(_parameters, dimensions, order)
+        dimensions, given, _smallest(config, dimensions), partial(_parameters, dimensions, order)
     )
     layers = _layers_left(dimensions, order, sizes)
     fields = changed_fields(config, sizes, layers)
@@ -106,6 +105,21 @@ def make_plan(model: nn.Module, scores: Scores, targets: Mapping[Dimension, Targ
         parameters_before=dimensions.parameters({}, range(dimensions.spaces["layers"].size)),
         parameters_after=dimensions.parameters(sizes, layers),
     )
+
+
+def _given(targets: Targets) -> dict[Dimension, Target]:
+    given: dict[Dimension, Target] = {}
+    for name in DIMENSIONS:
+        target = targets.get(name)
+        if isinstance(target, Target):
+            given[name] = target
+        elif target is not None:
+            raise PruningError(
+                f"{name} takes a Target, such as Target(ratio=0.25), got {target!r}."
+            )
+    if not given:
+        raise PruningError("Nothing to prune: give a target for at least one dimension.")
+    return given
 
 
 def _layer_order(

@@ -6,10 +6,9 @@ from torch import nn
 
 from flex_model.pruning.agreement import agreed
 from flex_model.pruning.cut import cut
-from flex_model.pruning.dimensions import Dimension
 from flex_model.pruning.plan import PruningPlan, make_plan
 from flex_model.pruning.scores import Scores
-from flex_model.pruning.target import Target
+from flex_model.pruning.target import Target, Targets
 
 __all__ = ["plan_alike", "prune"]
 
@@ -61,25 +60,16 @@ def prune(
         >>> plan.parameters_after < plan.parameters_before  # doctest: +SKIP
         True
     """
-    targets: dict[Dimension, Target | None] = {
-        "ffn": ffn,
-        "kv_heads": kv_heads,
-        "hidden": hidden,
-        "layers": layers,
-        "experts": experts,
-    }
+    targets = Targets(ffn=ffn, kv_heads=kv_heads, hidden=hidden, layers=layers, experts=experts)
     plan = plan_alike(model, scores, targets)
     if not dry_run:
         cut(model, plan)
     return plan
 
 
-def plan_alike(
-    model: nn.Module, scores: Scores, targets: dict[Dimension, Target | None]
-) -> PruningPlan:
+def plan_alike(model: nn.Module, scores: Scores, targets: Targets) -> PruningPlan:
     """The plan that all ranks make; dimensions with None are left as they are."""
-    given = {name: target for name, target in targets.items() if target is not None}
-    return agreed(model, lambda: make_plan(model, scores, given), _spelled)
+    return agreed(model, lambda: make_plan(model, scores, targets), _spelled)
 
 
 def _spelled(plan: PruningPlan) -> str:

@@ -6,11 +6,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import floor
+from typing import TypedDict
 
 from flex_model.errors import PruningError
 from flex_model.pruning.dimensions import Dimension, Dimensions
 
-__all__ = ["Target", "sizes_for"]
+__all__ = ["Target", "Targets", "sizes_for"]
 
 # Of products such as 100 * 0.29, which come out a little below what was meant.
 _SLACK = 1e-9
@@ -69,6 +70,16 @@ class Target:
         if self.size is not None:
             return self.size
         return _left(size, self.ratio or 0.0, self.multiple_of)
+
+
+class Targets(TypedDict, total=False):
+    """Targets by dimension, as keywords; None leaves a dimension as it is."""
+
+    ffn: Target | None
+    kv_heads: Target | None
+    hidden: Target | None
+    layers: Target | None
+    experts: Target | None
 
 
 def sizes_for(
