@@ -75,7 +75,7 @@ def pruned_config(config: Any, fields: Mapping[str, Any]) -> Any:
         return type(config).from_dict(pruned.to_dict())
     except Exception as error:
         raise PruningError(
-            f"{type(config).__name__} does not allow {dict(fields)}: {error}. Choose other sizes."
+            f"{type(config).__name__} does not allow {dict(fields)}. Choose other sizes. {error}"
         ) from error
 
 
