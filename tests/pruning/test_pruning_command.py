@@ -1,12 +1,16 @@
 """``flex-model prune``, as it is run."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from pruned_models import VOCABULARY, build, logits
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -66,6 +70,51 @@ def test_saves_what_prune_makes(files: _Files, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new", attn_implementation="eager")
     assert torch.equal(logits(loaded.eval()), logits(model))
     assert (tmp_path / "new" / "tokenizer.json").exists()
+
+
+def _run_on_two_ranks(*arguments: str) -> list[tuple[int, str]]:
+    """As torchrun starts them: exit codes and what each prints."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here already
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "flex_model", "prune", *arguments],
+            env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        output = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, text) for rank, text in zip(ranks, output, strict=True)]
+
+
+def test_two_ranks_save_what_one_process_does(files: _Files, tmp_path: Path) -> None:
+    """Catches a command that only runs on one process, or that each rank prints."""
+    asked = (files.model, "--scores", files.scores, "--ffn-ratio", "0.5", "--save")
+    assert _run(*asked, str(tmp_path / "one"))[0] == 0
+    (first, told), (second, echoed) = _run_on_two_ranks(*asked, str(tmp_path / "two"))
+    assert (first, second) == (0, 0), told + echoed
+    assert "are left" in told
+    assert "are left" not in echoed
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    refused = _run_on_two_ranks(*asked[:-3], "--ffn-size", "33", "--dry-run")
+    assert [code for code, _ in refused] == [2, 2]
+    assert "does not divide over 2" in refused[0][1]
 
 
 @pytest.mark.parametrize(

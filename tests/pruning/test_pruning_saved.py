@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from pruned_models import KINDS, build, logits, targets
+from pruned_models import KINDS, VOCABULARY, build, logits, targets
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from flex_model.errors import PruningError
 from flex_model.pruning import Target, prune, random_scores, save
+from flex_model.testing.compare import relative_error
 
 
 def _loaded(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", experts_implementation="eager"
     ).eval()
@@ -31,6 +31,18 @@ def test_from_pretrained_loads_what_was_pruned(kind: str, tmp_path: Path) -> Non
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.config.hidden_size == 20
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["model"], "something is left over"
+
+
+def test_the_width_of_heads_is_told_where_it_followed_from_others(tmp_path: Path) -> None:
+    """Catches heads that get another width once the config's hidden size is another."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = Qwen2Config(hidden_size=32, intermediate_size=44, vocab_size=VOCABULARY, **sizes)
+    assert getattr(config, "head_dim", None) is None
+    model = Qwen2ForCausalLM(config).eval()
+    prune(model, random_scores(model), hidden=Target(size=20), kv_heads=Target(size=1))
+    save(model, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["head_dim"] == 8
+    assert relative_error(logits(_loaded(tmp_path / "model")), logits(model)) <= 1e-5
 
 
 def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
