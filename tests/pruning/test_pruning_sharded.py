@@ -174,3 +174,27 @@ def test_perplexities_are_those_of_one_process(tmp_path: Path) -> None:
             one, many = getattr(due, name), getattr(found, name)
             assert many.parameters == one.parameters
             assert many.perplexity == pytest.approx(one.perplexity, rel=EXACT)
+
+
+def _refused_otherwise_spread(folder: Path, kind: str, **sizes: int) -> tuple[str, str]:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(**sizes), experts_implementation="eager"
+    )
+    return _error_of(lambda: prune(model, random_scores(model), **targets(kind)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("llama", {"fsdp_size": 2}), ("mixtral", {"fsdp_size": 2, "ep_size": 2})],
+    ids=["fsdp", "experts"],
+)
+def test_other_ways_to_spread_a_model_are_refused(
+    kind: str, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    """Catches shards that are cut as if they were tensor-parallel ones."""
+    build(kind).save_pretrained(tmp_path / "model")
+    for error, message in run_ranks(
+        _refused_otherwise_spread, 2, tmp_path / "model", kind, **sizes
+    ):
+        assert error == "PruningError"
+        assert "spread over ranks along dp" in message
