@@ -1,4 +1,4 @@
-"""The command ``flex-model``: checks a model's hooks on real ranks, and plans them without any."""
+"""The command ``flex-model``: checks a model's hooks, plans them, and prunes models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from flex_model.errors import ConfigurationError
+from flex_model.pruning.command import prune_command
 from flex_model.report.plan import Plan
 from flex_model.report.plan import plan as planned
 from flex_model.report.plan_text import cost_table, module_tree
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Hooks that see whole activations of sharded models: check them on your model, or plan.",
+    help="Hooks that see whole activations of sharded models, and what is built on them.",
 )
 
 _Hooks = Annotated[list[str] | None, typer.Argument(metavar="[HOOK]...", help="Module names.")]
@@ -146,6 +147,9 @@ def plan(
     console.print(module_tree(found))
     if hooks or every:
         console.print(cost_table(found, hooks or []))
+
+
+app.command("prune")(prune_command)
 
 
 def _check_names(found: Plan, hooks: list[str]) -> None:

@@ -41,8 +41,10 @@ Nested = Mapping[str, Mapping[str, Any]]
 _SCORES = "rank_"
 _STATES = "hook_states_rank_"
 _BETWEEN = ":"
-_UNREADABLE = (SafetensorError, KeyError, ValueError, RuntimeError, EOFError, TypeError)
-_UNREADABLE += (pickle.UnpicklingError,)  # what ``weights_only`` refuses
+_UNREADABLE: tuple[type[Exception], ...] = (
+    *(SafetensorError, KeyError, ValueError, RuntimeError, EOFError, TypeError),
+    pickle.UnpicklingError,  # what ``weights_only`` refuses
+)
 _REST = "values"
 
 
