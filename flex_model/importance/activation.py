@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,32 +57,42 @@ class Activation:
         """How many tokens the whole tensor holds that count."""
         return self.mask.count if self.mask is not None else self.shard.count(self.leading)
 
-    def summed(self, function: Callable[[Tensor], Tensor], dim: int | None = None) -> Tensor:
-        """A function of every entry summed in float32, padding left out.
-
-        Taken piece by piece, so that neither a float32 copy nor the function's result is ever as
-        large as the activation.
+    def magnitudes(self, across: int, least: int = _LEAST_PIECE) -> Iterator[tuple[slice, Tensor]]:
+        """``|x|`` in float32, padding as zeros, in pieces along a dim: neither a float32 copy nor
+        what is made of it is ever as large as the activation.
 
         Args:
-            function: of a piece, entry by entry; zero for zero.
-            dim: the dim to sum over; None for all but the channels'.
+            across: the dim.
+            least: entries of a piece, unless the activation has fewer. Pieces that stay in a CPU's
+                cache are fast, and so are few operations.
 
-        Returns:
-            The shape of the values without the dims summed over.
+        Yields:
+            Where the piece stands along the dim, and the piece, which may be written to, and which
+            the next one overwrites.
         """
-        values = self.values if dim is not None else self.values.flatten(0, -2)
-        keep = self.keep if self.mask is not None else None
-        keep = keep.flatten() if keep is not None and dim is None else keep
-        dim = dim or 0
-        shape = [size for at, size in enumerate(values.shape) if at != dim]
-        total = values.new_zeros(shape, dtype=torch.float32)
-        room = max(_LEAST_PIECE, values.numel() // _PIECES)
-        size = max(1, room * values.shape[dim] // max(1, values.numel()))
-        pieces = values.split(size, dim)
-        masks = keep.split(size, dim) if keep is not None else (None,) * len(pieces)
-        for piece, mask in zip(pieces, masks, strict=True):
-            exact = piece.float() if mask is None else piece.float() * mask.unsqueeze(-1)
-            total += function(exact).sum(dim)
+        length, entries = self.values.shape[across], max(1, self.values.numel())
+        size = max(1, max(least, entries // _PIECES) * length // entries)
+        keep = self.keep.unsqueeze(-1) if self.mask is not None else None
+        room: Tensor | None = None
+        for piece in (slice(at, min(at + size, length)) for at in range(0, length, size)):
+            values = self.values.narrow(across, piece.start, piece.stop - piece.start)
+            if room is None or room.shape != values.shape:
+                room = torch.empty_like(values, dtype=torch.float32)
+            if values.dtype == torch.float32:
+                torch.abs(values, out=room)
+            else:
+                room.copy_(values).abs_()
+            if keep is not None:
+                room.mul_(keep.narrow(across, piece.start, piece.stop - piece.start))
+            yield piece, room
+
+    def summed(self, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """``|x|``, or a function of it, summed over all tokens: ``[channels]``, float32."""
+        leading = self.leading
+        total = self.values.new_zeros(self.values.shape[-1], dtype=torch.float32)
+        longest = max(leading, key=lambda dim: self.values.shape[dim])
+        for _, sizes in self.magnitudes(longest):
+            total += (sizes if function is None else function(sizes)).sum(leading)
         return total
 
     @property

@@ -20,6 +20,9 @@ from flex_model.layouts.sources import Side
 __all__ = ["L2NormHook", "MegatronL2NormHook"]
 
 
+_LEAST_PIECE = 2**18  # entries: more is done with each than in other hooks
+
+
 class L2NormHook(ForwardHook):
     """Channels by ``sqrt(sum over samples of (mean over a sample's tokens of |x|)^2)``.
 
@@ -68,11 +71,7 @@ class L2NormHook(ForwardHook):
         along, across = self._dims(module, seen)
         if seen.shard.count(seen.leading) == 0:  # an expert that no token chose
             return
-        sums = seen.summed(torch.abs, along)
-        sums = seen.shard.summed(sums, (along,))
-        means = sums / self._lengths(seen, along)
-        squares = means.square()
-        term = squares.sum(0) if across else squares
+        term = _sum_of_squares(seen, along) if across else _means(seen, along).square()
         self._squares.add(self.noted(term), seen.shard, across)
 
     def _dims(self, module: nn.Module, seen: Activation) -> tuple[int, tuple[int, ...]]:
@@ -85,13 +84,6 @@ class L2NormHook(ForwardHook):
                 "[sequence, batch, channels] nor [tokens, channels]. per_token=True takes any."
             )
         return self.sequence_dim, (1 - self.sequence_dim,)
-
-    def _lengths(self, seen: Activation, along: int) -> Tensor | float:
-        """Tokens of each sample that count."""
-        if seen.mask is None:
-            return float(seen.shard.whole_shape[along])
-        counts = seen.shard.summed(seen.keep.sum(along), (along,))
-        return counts.clamp(min=1).unsqueeze(-1)
 
     def _who(self, module: nn.Module) -> str:
         return f"{type(self).__name__} on {self.name or type(module).__name__}"
@@ -126,3 +118,36 @@ class MegatronL2NormHook(L2NormHook):
 
     def _group(self) -> ProcessGroup | None:
         return megatron_group()
+
+
+def _sum_of_squares(seen: Activation, along: int) -> Tensor:
+    """Of the samples' means, ``[own channels]``."""
+    if seen.shard.cuts((along,)):
+        return _means(seen, along).square().sum(0)
+    lengths = _lengths(seen, along)
+    total = seen.values.new_zeros(seen.values.shape[-1], dtype=torch.float32)
+    for piece, sizes in seen.magnitudes(1 - along, _LEAST_PIECE):
+        sums = sizes.sum(along)
+        sums = sums / lengths[piece] if isinstance(lengths, Tensor) else sums
+        total += sums.square_().sum(0)
+    return total if isinstance(lengths, Tensor) else total / lengths**2
+
+
+def _means(seen: Activation, along: int) -> Tensor:
+    """Of every sample, ``[samples, own channels]`` (or of all tokens, ``[own channels]``), where
+    other ranks may hold other tokens of them.
+    """
+    total = seen.values.new_zeros(
+        [size for dim, size in enumerate(seen.values.shape) if dim != along], dtype=torch.float32
+    )
+    for _, sizes in seen.magnitudes(along):
+        total += sizes.sum(along)
+    return seen.shard.summed(total, (along,), in_place=True) / _lengths(seen, along)
+
+
+def _lengths(seen: Activation, along: int) -> Tensor | float:
+    """Tokens of each sample that count: ``[samples, 1]``, or one number for all."""
+    if seen.mask is None:
+        return float(seen.shard.whole_shape[along])
+    counts = seen.shard.summed(seen.keep.sum(along), (along,))
+    return counts.clamp(min=1).unsqueeze(-1)

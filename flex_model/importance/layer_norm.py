@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from flex_model.errors import ImportanceError
@@ -64,7 +63,7 @@ class LayerNormContributionHook(ForwardHook):
         assert outputs is not None
         if outputs.tokens == 0:
             return
-        sums = outputs.summed(torch.abs)
+        sums = outputs.summed()
         self._means.add(self.noted(sums / outputs.tokens), outputs.shard, outputs.leading)
 
     def accumulate(self) -> Tensor:
