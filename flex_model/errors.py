@@ -8,6 +8,7 @@ also derives from the built-in error a caller would expect (``ValueError`` for a
 from __future__ import annotations
 
 __all__ = [
+    "CompressionError",
     "ConfigurationError",
     "CopyError",
     "EditError",
@@ -17,12 +18,14 @@ __all__ = [
     "HintError",
     "ImportanceError",
     "LayoutError",
+    "ModifierStateError",
     "NothingCollectedError",
     "PruningError",
     "RankDisagreementError",
     "RankFailedError",
     "RecomputeError",
     "RegistrationError",
+    "SparsityError",
     "UnknownModuleError",
 ]
 
@@ -63,6 +66,12 @@ class EditError(FlexModelError, TypeError):
     """An editing function returned something that cannot take the activation's place."""
 
 
+class CompressionError(FlexModelError, ValueError):
+    """A model cannot be transformed as asked, or a recipe's steps come in another order than they
+    can run.
+    """
+
+
 class PruningError(FlexModelError, ValueError):
     """A model cannot be pruned as asked: its architecture, the scores or the target do not fit."""
 
@@ -89,3 +98,11 @@ class ImportanceError(FlexModelError, RuntimeError):
 
 class NothingCollectedError(ImportanceError, AssertionError):
     """Scores are asked for that nothing, or not enough, has been collected for."""
+
+
+class SparsityError(FlexModelError, ValueError):
+    """Activations cannot be aggregated, masked or sparsified as asked."""
+
+
+class ModifierStateError(CompressionError, RuntimeError):
+    """A modifier is initialized, updated or finalized at a time when it cannot be."""

@@ -161,6 +161,7 @@ class FlexModel(nn.Module):
         self._options = options
         self.trainable_modules = self._session.modules
         self._groups = HookGroups()
+        self._session.is_off = self._groups.is_off
         self._registry = HookRegistry(module, self._session)
         self._session.attach()
         # A FlexModel that is dropped without restore() must not leave its hooks behind.
@@ -217,6 +218,16 @@ class FlexModel(nn.Module):
             self._registry.check(function, kind)
         for kind, function in hooks:
             self._register(function, kind)
+
+    def remove_hook(self, hook_function: HookFunction) -> None:
+        """Take one hook function off again; the others stay. Every rank does so alike.
+
+        Raises:
+            GroupError: it is not registered with this FlexModel.
+        """
+        self._groups.groups_of(hook_function)
+        self._registry.remove(hook_function)
+        self._groups.remove(hook_function)
 
     def register_trainable_module(self, name: str, module: nn.Module) -> None:
         """Hand a module to every editing function, as ``modules[name]``.
@@ -319,6 +330,17 @@ class FlexModel(nn.Module):
     def get_group_hook_functions(self, group_name: str) -> list[HookFunction]:
         """The hook functions of a group, in order of registration."""
         return self._groups.members(group_name)
+
+    def switch_hook_groups(self, groups: str | Iterable[str], on: bool) -> None:
+        """Switch hook groups on or off until told otherwise, whatever a call chooses.
+
+        A hook function runs if none of its groups is off. Every rank switches alike, between
+        forwards.
+
+        Raises:
+            GroupError: a group that does not exist; none is switched.
+        """
+        self._groups.switch(groups, on)
 
     def hook_groups(
         self, groups: str | Iterable[str] = ALL, complement: bool = False
@@ -434,6 +456,11 @@ class FlexModel(nn.Module):
     def save_ctx(self) -> Namespace:
         """The namespace that editing functions store what they like in."""
         return self._session.save_ctx
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the wrapped model is one of several stages."""
+        return self._session.pipeline is not None
 
     @property
     def wrapped_module_names(self) -> list[str]:

@@ -19,6 +19,7 @@ class HookGroups:
 
     def __init__(self) -> None:
         self._groups_of: dict[HookFunction, set[str]] = {}
+        self._off: set[str] = set()
 
     @property
     def hooks(self) -> tuple[HookFunction, ...]:
@@ -33,8 +34,27 @@ class HookGroups:
     def add(self, hook: HookFunction) -> None:
         self._groups_of[hook] = {ALL}
 
+    def remove(self, hook: HookFunction) -> None:
+        self._groups_of.pop(hook, None)
+
     def clear(self) -> None:
         self._groups_of.clear()
+        self._off.clear()
+
+    def switch(self, groups: str | Iterable[str], on: bool) -> None:
+        """Switch groups on or off until told otherwise.
+
+        Raises:
+            GroupError: a group that does not exist; none is switched.
+        """
+        wanted = {groups} if isinstance(groups, str) else set(groups)
+        for group in wanted - self._off:
+            self._check_exists(group)
+        self._off = self._off - wanted if on else self._off | wanted
+
+    def is_off(self, hook: HookFunction) -> bool:
+        """Whether a hook function belongs to a group that is switched off."""
+        return bool(self._off) and not self._off.isdisjoint(self._groups_of.get(hook, ()))
 
     def groups_of(self, hook: HookFunction) -> set[str]:
         """The groups of one hook function.

@@ -194,10 +194,7 @@ class HookPoint(NotCopied):
     # -- the way of one activation ---------------------------------------------------------
 
     def _active(self) -> list[HookFunction]:
-        session = self._session
-        if session.active is None:
-            return self.hooks
-        return [hook for hook in self.hooks if hook in session.active]
+        return [hook for hook in self.hooks if self._session.is_active(hook)]
 
     def _visit(
         self, tensor: Tensor, active: Sequence[HookFunction], transposed: bool = False

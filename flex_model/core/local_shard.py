@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from flex_model.distributed.collectives import all_reduce_sum
+from flex_model.distributed.communicator import Communicator
 from flex_model.distributed.mesh import ParallelMesh
 from flex_model.distributed.routing import assemble, disassemble
 from flex_model.layouts.layout import (
@@ -44,6 +45,15 @@ class LocalShard:
     def dims(self) -> set[int]:
         """The tensor dims that are cut here."""
         return {_at(dim) % len(self.shape) for dim in self._layout.dims}
+
+    @property
+    def mesh_dims(self) -> dict[str, int]:
+        """The mesh dims that cut the tensor here, each with the tensor dim that it cuts."""
+        return {dim.name: _at(dim) % len(self.shape) for dim in self._layout.dims}
+
+    def along(self, name: str) -> Communicator:
+        """The ranks that hold other parts along one mesh dim."""
+        return self._mesh.along(name)
 
     def positions(self, dim: int = -1) -> Tensor:
         """Where this rank's entries along a dim stand in the whole: ``[shape[dim]]``, int64."""

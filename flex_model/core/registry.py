@@ -45,7 +45,7 @@ class HookRegistry:
         self._points: dict[PointKey, HookPoint] = {}
         self._record_keys: dict[PointKey, str] = {}
         self._kinds: dict[HookFunction, Kind] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._undo: dict[PointKey, list[Callable[[], None]]] = {}
 
     @property
     def kinds(self) -> dict[HookFunction, Kind]:
@@ -119,12 +119,31 @@ class HookRegistry:
         self._session.detach()
         if self._undo:
             compile_anew(self, hooked=False)
-        while self._undo:
-            self._undo.pop()()
+        for key in reversed([*self._undo]):
+            self._take_off(key)
         self._points.clear()
         self._record_keys.clear()
         self._kinds.clear()
         self._session.points.clear()
+
+    def remove(self, hook: HookFunction) -> None:
+        """Take one hook function off. With the last of a hook point the point goes too."""
+        key = self._key_of(hook, self._kinds.pop(hook))
+        if not any(self._key_of(other, kind) == key for other, kind in self._kinds.items()):
+            del self._record_keys[key]
+        point = self._points.get(key)
+        if point is None:  # on another pipeline stage
+            return
+        point.hooks.remove(hook)
+        if not point.hooks:
+            self._session.points.remove(self._points.pop(key))
+            compile_anew(self, hooked=bool(self._points))
+            self._take_off(key)
+
+    def _take_off(self, key: PointKey) -> None:
+        undo = self._undo.pop(key)
+        while undo:
+            undo.pop()()
 
     def _key_of(self, hook: HookFunction, kind: Kind) -> PointKey:
         name = plain_name(hook.module_name, self._root)
@@ -171,7 +190,7 @@ class HookRegistry:
     def _attach(self, point: HookPoint, module: nn.Module, tensor: Tensor | None) -> None:
         # torch's own methods: where the module is a FlexModel, its take HookFunctions.
         handles: list[Any] = []
-        kind = point.key.kind
+        kind, undo = point.key.kind, self._undo.setdefault(point.key, [])
         if tensor is not None:
             handles.append(tensor.register_hook(point.on_parameter_gradient))
         elif kind == "forward":
@@ -180,7 +199,7 @@ class HookRegistry:
             pre = partial(nn.Module.register_forward_pre_hook, module, with_kwargs=True)
             handles.append(pre(point.on_forward_pre))
         else:
-            self._undo.append(_restorer_of_backward_flag(module))
+            undo.append(_restorer_of_backward_flag(module))
             inputs = kind == "full_backward"
             register = (
                 nn.Module.register_forward_pre_hook if inputs else nn.Module.register_forward_hook
@@ -193,7 +212,7 @@ class HookRegistry:
                 if inputs
                 else nn.Module.register_full_backward_pre_hook(module, point.on_gradients)
             )
-        self._undo.extend(handle.remove for handle in handles)
+        undo.extend(handle.remove for handle in handles)
         compile_anew(self, hooked=True)
 
     def _record_key_for(self, hook: HookFunction, kind: Kind) -> str:

@@ -80,6 +80,7 @@ class Session(NotCopied):
         sequence_dim: the same for cp.
         zigzag: whether context-parallel ranks hold the sequence in zig-zag order.
         active: hook functions switched on; None means all.
+        is_off: tells those that are switched off until further notice.
         batch_sizes: batch of every data-parallel rank in this forward.
         batch: this rank's batch in this forward.
         positions: how much of the sequence this rank holds in this forward, over cp.
@@ -119,6 +120,7 @@ class Session(NotCopied):
         self.zigzag = zigzag
         self.points: list[Point] = []
         self.active: frozenset[HookFunction] | None = None
+        self.is_off: Callable[[HookFunction], bool] = lambda hook: False
         self.batch_sizes: tuple[int, ...] = ()
         self.batch = 0
         self.positions = 0
@@ -135,7 +137,7 @@ class Session(NotCopied):
 
     def is_active(self, hook: HookFunction) -> bool:
         """Whether a hook function runs in this forward."""
-        return self.active is None or hook in self.active
+        return (self.active is None or hook in self.active) and not self.is_off(hook)
 
     @contextmanager
     def only(self, hooks: frozenset[HookFunction] | None) -> Iterator[None]:
