@@ -219,6 +219,10 @@ class FlexModel(nn.Module):
         for kind, function in hooks:
             self._register(function, kind)
 
+    def has_hook(self, hook_function: HookFunction) -> bool:
+        """Whether a hook function is registered with this FlexModel."""
+        return hook_function in self._registry.kinds
+
     def remove_hook(self, hook_function: HookFunction) -> None:
         """Take one hook function off again; the others stay. Every rank does so alike.
 

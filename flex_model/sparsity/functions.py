@@ -44,7 +44,7 @@ def import_name(function: Callable[..., Any] | None) -> str | None:
     """
     if function is None:
         return None
-    name = getattr(function, "__qualname__", None) or getattr(function, "__name__", "")
+    name = str(getattr(function, "__qualname__", None) or getattr(function, "__name__", ""))
     for module in (getattr(function, "__module__", None), "torch"):
         if module and _found(module, name) is function:
             return f"{module}:{name}"
@@ -71,7 +71,7 @@ def function_named(name: str | None) -> Callable[..., Any] | None:
             f"A state names the function {name!r}, which no loaded module has. Import {module!r} "
             "before loading the state."
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _found(module: str, name: str) -> Any:

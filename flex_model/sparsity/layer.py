@@ -83,7 +83,6 @@ class SparseLayer:
     def aggregating(self) -> HookFunction:
         """A hook function for the layer's input that aggregates it, seen once a forward."""
 
-        @observes
         def aggregate(
             current_module: nn.Module, inputs: Tensor, save_ctx: Any, modules: Any, *,
             shard: LocalShard,
@@ -91,7 +90,8 @@ class SparseLayer:
             with self._named("aggregating"):
                 self._take(accurate(inputs), Place.of(shard))
 
-        return HookFunction(self.name, editing_function=aggregate)
+        function: Any = observes(aggregate)
+        return HookFunction(self.name, editing_function=function)
 
     def _take(self, x: Tensor, here: Place) -> None:
         functions = self.settings.functions
@@ -169,7 +169,6 @@ class SparseLayer:
     def sparsifying(self) -> HookFunction:
         """A hook function for the layer's input that multiplies it by the mask."""
 
-        @elementwise
         def sparsify(
             current_module: nn.Module, inputs: Tensor, save_ctx: Any, modules: Any, *,
             shard: LocalShard,
@@ -177,7 +176,8 @@ class SparseLayer:
             with self._named("sparsifying"):
                 return self._sparsified(inputs, shard)
 
-        return HookFunction(self.name, editing_function=sparsify)
+        function: Any = elementwise(sparsify)
+        return HookFunction(self.name, editing_function=function)
 
     def _sparsified(self, x: Tensor, shard: LocalShard) -> Tensor:
         whole = self._multiplier(shard)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flex_model.core.flex_model import FlexModel
+from flex_model.core.hook_function import HookFunction
 from flex_model.errors import SparsityError
 from flex_model.layouts.names import named_modules
 from flex_model.sparsity import files
@@ -133,7 +134,7 @@ class ActivationSparsifier:
 
     def _hook(self, layer: SparseLayer, hook_state: HookState) -> None:
         """Change what a layer's hook does."""
-        if layer.hook is not None and self._flex is not None:
+        if layer.hook is not None and self._flex is not None and self._flex.has_hook(layer.hook):
             self._flex.remove_hook(layer.hook)
         layer.hook = None
         if hook_state != "None" and self._flex is not None:
@@ -204,9 +205,14 @@ class ActivationSparsifier:
         return {name: {"mask": layer.mask} for name, layer in self._layers.items()}
 
     @property
+    def hooks(self) -> list[HookFunction]:
+        """The hook functions that are on now."""
+        return [layer.hook for layer in self._layers.values() if layer.hook is not None]
+
+    @property
     def data_groups(self) -> dict[str, dict[str, Any]]:
         """Every layer's configuration, functions, aggregate, module and hook, to look at."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, layer in self._layers.items():
             own, functions = layer.settings, layer.settings.functions
             found[name] = {
@@ -311,8 +317,10 @@ class ActivationSparsifier:
             raise SparsityError("This sparsifier looks after a model already. Make another one.")
         flex = model if isinstance(model, FlexModel) else FlexModel(model, {})
         if flex.is_pipeline:
-            raise SparsityError("A model that runs as a pipeline cannot be sparsified: its stages "
-                                "hold different layers, and masks are to be equal on all.")  # fmt: skip
+            raise SparsityError(
+                "A model that runs as a pipeline cannot be sparsified: its stages hold different "
+                "layers, and masks are to be equal on all ranks."
+            )
         unknown = [name for name in self._layers if name not in dict(named_modules(flex.module))]
         if unknown:
             raise SparsityError(f"The model has no layers {unknown}, which have masks here.")

@@ -1,6 +1,7 @@
 """The golden cases (made by torch's own sparsifier, see golden/), and how a script is replayed."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def model_of(case: dict[str, Any], values: dict[str, Tensor]) -> nn.Sequential:
         model = nn.Sequential(conv, nn.Tanh(), nn.Conv2d(6, 4, 1))
     else:
         layers: list[nn.Module] = []
-        for given, made in zip(dims, dims[1:], strict=False):
+        for given, made in pairwise(dims):
             layers += [nn.Linear(given, made), nn.Tanh()]
         model = nn.Sequential(*layers[:-1])
     model.to(getattr(torch, case.get("dtype", "float32")))
@@ -136,17 +137,9 @@ def replay(case: dict[str, Any]) -> tuple[dict[str, Tensor], ActivationSparsifie
     forwards = steps = 0
     for what, *args in case["script"]:
         if what == "forward":
-            seen: dict[str, Tensor] = {}
-            handles = [
-                model.get_submodule(layer["name"]).register_forward_pre_hook(
-                    lambda m, a, n=layer["name"]: seen.__setitem__(n, a[0].detach().clone())
-                )
-                for layer in case["layers"]
-            ]
-            with torch.no_grad():
-                found[f"output.{forwards}"] = model(values[f"input.{forwards}"])
-            for handle in handles:
-                handle.remove()
+            names = [layer["name"] for layer in case["layers"]]
+            output, seen = _watched(model, names, values[f"input.{forwards}"])
+            found[f"output.{forwards}"] = output
             found |= {f"layer_input.{forwards}.{name}": x for name, x in seen.items()}
             forwards += 1
         elif what == "step":
@@ -163,6 +156,22 @@ def replay(case: dict[str, Any]) -> tuple[dict[str, Tensor], ActivationSparsifie
             sparsifier = ActivationSparsifier(model)
             sparsifier.load_state_dict(state)
     return found, sparsifier
+
+
+def _watched(model: nn.Module, names: list[str], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and what layers receive behind all hooks."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, a, name=name: seen.__setitem__(name, a[0].detach().clone())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        output = model(x)
+    for handle in handles:
+        handle.remove()
+    return output, seen
 
 
 def _told(key: str, sparsifier: ActivationSparsifier, what: str) -> dict[str, Tensor]:
