@@ -29,6 +29,7 @@ class ActivationSparsifier:
     works on its shard where the functions declare (`flex_model.elementwise` and its kin) that a
     shard suffices, on whole tensors otherwise; masks are whole and equal on every rank, and are
     applied as slices. Data-parallel ranks aggregate their own batches and are combined by `step`.
+    Hooks are on as long as the sparsifier (or the FlexModel it was given) is kept.
 
     Args:
         model: a model, or the FlexModel around it.

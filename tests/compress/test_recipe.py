@@ -18,9 +18,9 @@ from flex_model.sparsity import ActivationSparsifier
 RECIPE = """
 - score: {layers: ["*down"], hook: L2NormHook, arguments: {sequence_dim: 1}, start: 0, end: 3,
           folder: "FOLDER/scores"}
-- sparsify: {layers: [down], aggregate: "compress_models:add", reduce: "compress_models:mean_of_tokens",
-             mask: "compress_models:above", config: {threshold: 1.0}, start: 3, end: 5,
-             folder: "FOLDER/masks"}
+- sparsify: {layers: [down], start: 3, end: 5, folder: "FOLDER/masks",
+             aggregate: "compress_models:add", reduce: "compress_models:mean_of_tokens",
+             mask: "compress_models:above", config: {threshold: 1.8}}
 """
 
 
@@ -31,7 +31,7 @@ def _inner(x: Tensor) -> Tensor:
 
 def _due_mask(seen: list[Tensor]) -> Tensor:
     total = torch.stack([_inner(x) for x in seen]).sum(0)
-    return (total.mean((0, 1)).abs() >= 1.0).float()
+    return (total.mean((0, 1)).abs() >= 1.8).float()
 
 
 def _recipe(folder: Path) -> list[Modifier]:
