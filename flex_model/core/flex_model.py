@@ -578,12 +578,13 @@ class FlexModel(nn.Module):
         """A copy with a model, trainable modules and hooks of its own, on the same ranks."""
         hooks = self._registry.kinds
         groups = {hook: self._groups.groups_of(hook) for hook in hooks}
+        off = self._groups.off
         with self._session.between_hooks():
             self.restore()
             try:
                 module = copy.deepcopy(self.module, memo)
             finally:
-                self._register_again(hooks, groups)
+                self._register_again(hooks, groups, off)
         other = type(self).__new__(type(self))
         nn.Module.__init__(other)
         records = copy.deepcopy(self.output_ptr, memo)
@@ -594,14 +595,19 @@ class FlexModel(nn.Module):
         other._register_again(
             {copies[hook]: kind for hook, kind in hooks.items()},
             {copies[hook]: names for hook, names in groups.items()},
+            off,
         )
         return other
 
     def _register_again(
-        self, hooks: dict[HookFunction, Kind], groups: dict[HookFunction, set[str]]
+        self,
+        hooks: dict[HookFunction, Kind],
+        groups: dict[HookFunction, set[str]],
+        off: frozenset[str],
     ) -> None:
         self._session.attach()
         for hook, kind in hooks.items():
             self._register(hook, kind)
             for group in groups[hook] - {ALL}:
                 self._groups.extend(hook, group)
+        self._groups.switch(off & self._groups.names, on=False)

@@ -41,6 +41,11 @@ class HookGroups:
         self._groups_of.clear()
         self._off.clear()
 
+    @property
+    def off(self) -> frozenset[str]:
+        """The groups that are switched off."""
+        return frozenset(self._off)
+
     def switch(self, groups: str | Iterable[str], on: bool) -> None:
         """Switch groups on or off until told otherwise.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flex_model.core.hook_function import HookFunction
 from flex_model.core.local_shard import LocalShard
 from flex_model.core.needs import elementwise, observes
-from flex_model.errors import SparsityError
+from flex_model.errors import FlexModelError, SparsityError
 from flex_model.sparsity.aggregate import Aggregate, accurate
 from flex_model.sparsity.functions import Functions
 from flex_model.sparsity.sharded import Place, made_mask, over_replicas, own_part
@@ -219,8 +219,10 @@ class SparseLayer:
         """Errors of the caller's functions tell which layer they were called for."""
         try:
             yield
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except SparsityError as error:
+            raise SparsityError(f"Layer {self.name}, {doing}: {error}") from error
+        except FlexModelError:  # what other ranks do is told as it is
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
             told = f"{type(error).__name__}: {error}"
-            raise SparsityError(
-                f"Layer {self.name}, {doing}: {error if isinstance(error, SparsityError) else told}"
-            ) from error
+            raise SparsityError(f"Layer {self.name}, {doing}: {told}") from error

@@ -1,5 +1,6 @@
 """Hook functions switched on and off together."""
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 
@@ -277,3 +278,47 @@ def test_a_wrapped_model_that_takes_any_keyword() -> None:
         assert model(torch.ones(1), other=3) == {"other": 3}
         with pytest.raises(GroupError):
             model(torch.ones(1), groups="mine")
+
+
+def test_groups_that_are_switched_off_stay_off(
+    model: FlexModel, hooks: list[HookFunction], records: Records
+) -> None:
+    """Catches a switch that ends with a call, and a hook that runs for its other group's sake."""
+    model.switch_hook_groups("early", on=False)
+    for _ in range(2):
+        assert _ran(model, records) == {"layers.2"}
+    assert _ran(model, records, groups="late") == {"layers.2"}
+    model.switch_hook_groups(["late", "early"], on=False)
+    model.switch_hook_groups("early", on=True)
+    assert _ran(model, records) == {"layers.0"}
+    other = copy.deepcopy(model)
+    assert _ran(other, other.output_ptr) == _ran(model, records) == {"layers.0"}
+    with pytest.raises(GroupError, match="nobody"):
+        model.switch_hook_groups(["late", "nobody"], on=False)
+    model.switch_hook_groups("late", on=True)
+    assert len(_ran(model, records)) == 3
+    assert len(hooks) == 3
+
+
+def test_one_hook_function_is_taken_off(
+    model: FlexModel, hooks: list[HookFunction], records: Records
+) -> None:
+    """Catches a hook point that goes with its first hook function, and one that stays empty."""
+    second = HookFunction("layers.1")
+    model.register_forward_hook(second)
+    model.remove_hook(hooks[1])
+    assert not model.has_hook(hooks[1])
+    assert len(_ran(model, records)) == 3
+    model.remove_hook(second)
+    assert _ran(model, records) == {"layers.0", "layers.2"}
+    assert not model.module.layers[1]._forward_hooks
+    for twice in (second, HookFunction("layers.0")):
+        with pytest.raises(GroupError, match="not registered"):
+            model.remove_hook(twice)
+    backward = HookFunction("layers.1")
+    model.register_full_backward_hook(backward)
+    model.remove_hook(backward)
+    assert model.module.layers[1]._is_full_backward_hook is None
+    model.register_forward_pre_hook(second)
+    assert model.record_key(second) == "layers.1"
+    assert len(_ran(model, records)) == 3

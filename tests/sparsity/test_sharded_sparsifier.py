@@ -215,6 +215,47 @@ def test_nothing_is_moved_where_shards_suffice(job: Job) -> None:
         assert sparsifying == []
 
 
+def _context(order: Any) -> dict[str, Any]:
+    from flex_model import FlexModel
+
+    rank, found = dist.get_rank(), {}
+    given = []
+    for x in batches(4, 4):
+        whole = torch.cat([x, x.flip(1)[:, :3]], 1)  # 8 tokens
+        chunks = whole.chunk(4, 1)
+        pair = (rank, 3 - rank) if order == "zigzag" else (2 * rank, 2 * rank + 1)
+        given.append(torch.cat([chunks[at] for at in pair], 1))
+    for way in ("per token", "on whole tensors", "on shards", "a statistic"):
+        with FlexModel(Mlp(), {}, context_parallel_size=2, context_order=order) as flex:
+            sparsifier = ActivationSparsifier(flex, **WAYS[way])
+            sparsifier.register_layer("down")
+            flex(given[0])
+            sparsifier.step()
+            sparsifier.squash_mask()
+            found[way] = (sparsifier.get_mask("down"), flex(given[1]).detach())
+    return found
+
+
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+def test_sequences_cut_over_context_parallel_ranks(order: Any) -> None:
+    """Masks of whole sequences in the order of positions, applied to each rank's own."""
+    first, second = (torch.cat([x, x.flip(1)[:, :3]], 1) for x in batches(4, 4))
+    told = run_ranks(_context, 2, order)
+    for way in told[0]:
+        model = Mlp()
+        sparsifier = ActivationSparsifier(model, **WAYS[way])
+        sparsifier.register_layer("down")
+        model(first)
+        sparsifier.step()
+        sparsifier.squash_mask()
+        chunks = model(second).detach().chunk(4, 1)
+        for rank, found in enumerate(told):
+            mask, out = found[way]
+            torch.testing.assert_close(mask, sparsifier.get_mask("down"))
+            pair = (rank, 3 - rank) if order == "zigzag" else (2 * rank, 2 * rank + 1)
+            torch.testing.assert_close(out, torch.cat([chunks[at] for at in pair], 1))
+
+
 def _pipeline() -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
