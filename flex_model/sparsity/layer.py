@@ -180,8 +180,10 @@ class SparseLayer:
         return HookFunction(self.name, editing_function=function)
 
     def _sparsified(self, x: Tensor, shard: LocalShard) -> Tensor:
+        if self.masks is not None:  # of a file, say: they move once
+            self.masks = [mask.to(x.device) for mask in self.masks]
         whole = self._multiplier(shard)
-        own = own_part(whole, shard).to(x.device, x.dtype)
+        own = own_part(whole, shard).to(x.dtype)
         try:
             shape = torch.broadcast_shapes(own.shape, x.shape)
         except RuntimeError:

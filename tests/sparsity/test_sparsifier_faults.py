@@ -106,6 +106,18 @@ def test_a_ragged_batch_is_refused_before_anything_is_lost(
     assert torch.equal(_data(sparsifier), aggregate(first, first))
 
 
+def test_zeros_as_start_leave_ragged_batches_to_the_function() -> None:
+    """torch's way: one sample is broadcast, two are refused (here by name)."""
+    model = nn.Sequential(nn.Identity())
+    sparsifier = ActivationSparsifier(model, add, mean0, is_large, zero_start=True)
+    sparsifier.register_layer("0")
+    model(torch.ones(4, 3))
+    model(torch.ones(1, 3))
+    with pytest.raises(SparsityError, match="Layer 0, aggregating: RuntimeError"):
+        model(torch.ones(2, 3))
+    assert torch.equal(_data(sparsifier), torch.full((4, 3), 2.0))
+
+
 def test_the_aggregate_keeps_no_graph() -> None:
     model, sparsifier = _on(nn.Linear(3, 3))
     x = torch.ones(2, 3, requires_grad=True)
