@@ -129,9 +129,9 @@ class Lifecycle:
         except ModifierStateError:
             raise
         except Exception:
-            self._undo(self.modifiers)
             self.initialized, self.last_event = False, EventType.BATCH_END
             self._calibrating = False
+            self._undo(self.modifiers)
             raise
         return []
 
@@ -178,8 +178,18 @@ class Lifecycle:
             raise failed[0]
 
     def _undo(self, modifiers: Iterable[Modifier]) -> None:
+        """The last first; one that raises keeps none of the others from it."""
+        failed: dict[str, Exception] = {}
         for modifier in reversed([*modifiers]):
-            modifier.undo(self.state)
+            try:
+                modifier.undo(self.state)
+            except Exception as error:  # noqa: BLE001, PERF203  (the others must be undone too)
+                failed[type(modifier).__name__] = error
+        for who, why in failed.items():
+            raise CompressionError(
+                f"{who} could not be undone ({why!r}): what it changed of the model is left. All "
+                "hooks are off."
+            ) from why
 
     def _checked(self, event_type: EventType | str, loss: Any) -> EventType:
         """An event that may come now."""

@@ -194,6 +194,26 @@ def test_a_callback_that_raises_in_mid_epoch() -> None:
     lifecycle.finalize()
 
 
+class Stubborn(Doubling):
+    """Cannot be undone."""
+
+    def on_undo(self, state: State) -> None:
+        super().on_undo(state)
+        raise KeyError("cannot")
+
+
+def test_one_that_cannot_be_undone_keeps_no_other_from_it() -> None:
+    model, (x,) = Mlp(), batches(1)
+    due = model(x)
+    lifecycle = Lifecycle([Doubling(), Stubborn(), Doubling(start=0, fails="on_update")])
+    lifecycle.initialize(model=model)
+    with pytest.raises(CompressionError, match="Stubborn could not be undone") as caught:
+        lifecycle.event("batch_start")
+    assert "on_update" in str(caught.value.__context__)
+    assert torch.equal(model(x), due)
+    assert not any(modifier.initialized for modifier in lifecycle.modifiers)
+
+
 def test_modifiers_used_twice() -> None:
     modifier = Recorder(name="a")
     with pytest.raises(CompressionError, match="twice"):
