@@ -44,8 +44,8 @@ class ForwardHook(ABC):
         watches: the sides of the layer that the hook looks at.
         sequence_dim: the dim of the tokens of one sequence in ``[.., .., channels]``: 0 or 1.
         mask: of padding, for the forward that is under way.
-        healthy: whether the last call's statistics were finite; a tensor, so that asking waits for
-            no device. None before the first.
+        healthy: whether all calls' statistics were finite since it was last set to None; a tensor,
+            so that asking waits for no device. None before the next call.
         name: the module's, once it is known.
     """
 
@@ -109,6 +109,13 @@ class ForwardHook(ABC):
     def sums(self) -> Mapping[str, ShardedSum]:
         """The running sums that make up the state, by name."""
         return {}
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What decides its scores beside the activations, in numbers and strings: two hooks that
+        differ in it must not go on from each other's state.
+        """
+        return {"sequence_dim": self.sequence_dim}
 
     # -- as a plain forward hook ---------------------------------------------------------------
 
@@ -215,7 +222,8 @@ class ForwardHook(ABC):
 
     def noted(self, term: Tensor) -> Tensor:
         """One call's statistics, noting whether they are finite."""
-        self.healthy = torch.isfinite(term).all()
+        finite = torch.isfinite(term).all()
+        self.healthy = finite if self.healthy is None else self.healthy & finite
         return term
 
 
