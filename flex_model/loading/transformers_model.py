@@ -10,13 +10,17 @@ from torch import nn
 __all__ = ["from_directory"]
 
 
-def from_directory(directory: str, tp: int = 1, dp: int = 1) -> nn.Module:
-    """The model in float32, without a cache; over data-parallel ranks it is replicated.
+def from_directory(
+    directory: str, tp: int = 1, dp: int = 1, *, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model on the CPU, or on the job's accelerator, without a cache; over data-parallel ranks
+    it is replicated.
 
     Args:
         directory: with ``config.json`` and the weights.
         tp: ranks that the plan's layers are spread over.
         dp: ranks with a part of the batch each.
+        dtype: of the parameters.
     """
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
@@ -30,7 +34,7 @@ def from_directory(directory: str, tp: int = 1, dp: int = 1) -> nn.Module:
             tp_plan=plan, tp_size=tp, dp_replicate_size=dp
         )
     module: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, **spread
+        directory, dtype=dtype, local_files_only=True, **spread
     )
     module.config.use_cache = False
     return module
