@@ -1,4 +1,4 @@
-"""The command ``flex-model``: checks a model's hooks on real ranks, and plans them without any."""
+"""The command ``flex-model``: checks a model's hooks, plans them without ranks, scores channels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from flex_model.errors import ConfigurationError
+from flex_model.importance.command import score_command
 from flex_model.report.plan import Plan
 from flex_model.report.plan import plan as planned
 from flex_model.report.plan_text import cost_table, module_tree
@@ -26,12 +27,15 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Hooks that see whole activations of sharded models: check them on your model, or plan.",
+    help="Hooks that see whole activations of sharded models: check, plan, and score by them.",
 )
 
 _Hooks = Annotated[list[str] | None, typer.Argument(metavar="[HOOK]...", help="Module names.")]
 _All = Annotated[bool, typer.Option("--all", help="Every module, in place of HOOKs.")]
 _Ranks = Annotated[int, typer.Option(min=1)]
+
+
+app.command("score")(score_command)
 
 
 @app.callback()

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["from_directory"]
+from flex_model.errors import ConfigurationError
+
+__all__ = ["from_directory", "tokenizer_of"]
 
 
 def from_directory(
@@ -38,3 +40,21 @@ def from_directory(
     )
     module.config.use_cache = False
     return module
+
+
+def tokenizer_of(directory: str) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigurationError(
+            f"There is no tokenizer that can be loaded in {directory} ({first}). Give token ids in "
+            "place of text."
+        ) from error
