@@ -360,3 +360,38 @@ def test_hooks_can_be_asked_after_the_run() -> None:
 def test_hidden_sizes_are_scored_alike_by_norms() -> None:
     found = score(whole(), token_batches(), [Target("layers.*.norm", "hidden")])
     assert all(named["score"].shape == (HIDDEN,) for named in found.values())
+
+
+# -- Megatron ----------------------------------------------------------------------------------
+
+MEGATRON = (
+    Target("decoder.layers.*.mlp.linear_fc2", "l2"),
+    Target("decoder.layers.*.mlp.linear_fc2", "iterative"),
+    Target("decoder.layers.*.self_attention.linear_proj", "kv_heads"),
+    Target("decoder.layers.*.self_attention.linear_proj", "heads"),
+    Target("decoder.layers.*.input_layernorm", "hidden"),
+    Target("decoder.layers.?", "layers"),
+)
+
+
+def _megatron_run(tp: int, sequence_parallel: bool) -> Any:
+    from frameworks.megatron_gpt import VOCABULARY as IDS
+    from frameworks.megatron_gpt import Setting, build
+
+    causal = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+    stream = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randint(IDS, (size, 8), generator=stream), torch.arange(8).expand(size, 8), causal)
+        for size in (3, 3, 2)
+    ]
+    with build(Setting(tp=tp, sequence_parallel=sequence_parallel)) as model:
+        return score(model.module, batches, MEGATRON)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_megatron(sequence_parallel: bool) -> None:
+    """Sequences lie along the first dim, and heads are told under other names."""
+    (due,) = run_ranks(_megatron_run, 1, 1, False)
+    assert due["decoder.layers.0.self_attention.linear_proj#kv_heads"]["score"].shape == (2,)
+    for found in run_ranks(_megatron_run, 2, 2, sequence_parallel):
+        assert_close(found, due)
