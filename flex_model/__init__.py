@@ -7,9 +7,10 @@ from flex_model.core import (
     LocalShard,
     channelwise,
     elementwise,
+    observes,
     reduces,
     tokenwise,
 )
 
 __all__ = ["DummyModule", "FlexModel", "HookFunction", "LocalShard"]
-__all__ += ["channelwise", "elementwise", "reduces", "tokenwise"]
+__all__ += ["channelwise", "elementwise", "observes", "reduces", "tokenwise"]

@@ -1,4 +1,4 @@
-"""The command ``flex-model``: checks a model's hooks, plans them without ranks, scores channels."""
+"""The command ``flex-model``: checks hooks, plans them, scores by them, and prunes models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from flex_model.errors import ConfigurationError
 from flex_model.importance.command import score_command
+from flex_model.pruning.command import prune_command
 from flex_model.report.plan import Plan
 from flex_model.report.plan import plan as planned
 from flex_model.report.plan_text import cost_table, module_tree
@@ -27,15 +28,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Hooks that see whole activations of sharded models: check, plan, and score by them.",
+    help="Hooks that see whole activations of sharded models, and what is built on them.",
 )
 
 _Hooks = Annotated[list[str] | None, typer.Argument(metavar="[HOOK]...", help="Module names.")]
 _All = Annotated[bool, typer.Option("--all", help="Every module, in place of HOOKs.")]
 _Ranks = Annotated[int, typer.Option(min=1)]
-
-
-app.command("score")(score_command)
 
 
 @app.callback()
@@ -150,6 +148,10 @@ def plan(
     console.print(module_tree(found))
     if hooks or every:
         console.print(cost_table(found, hooks or []))
+
+
+app.command("score")(score_command)
+app.command("prune")(prune_command)
 
 
 def _check_names(found: Plan, hooks: list[str]) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "ImportanceError",
     "LayoutError",
     "NothingCollectedError",
+    "PruningError",
     "RankDisagreementError",
     "RankFailedError",
     "RecomputeError",
@@ -60,6 +61,10 @@ class HintError(FlexModelError, ValueError):
 
 class EditError(FlexModelError, TypeError):
     """An editing function returned something that cannot take the activation's place."""
+
+
+class PruningError(FlexModelError, ValueError):
+    """A model cannot be pruned as asked: its architecture, the scores or the target do not fit."""
 
 
 class GradientPlacementError(FlexModelError, RuntimeError):

@@ -10,13 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from environments import borrowing_python
 from hooks.measure import Measured, measure
-from hooks.original import VERSION, original_python
 from hooks.report import one_process_table, targets_table, times_table, traffic_table
-from hooks.settings import HIDDEN, INNER, LAYERS, ONE_PROCESS, TWO_RANKS
+from hooks.settings import HIDDEN, INNER, LAYERS, ONE_PROCESS, TWO_RANKS, VERSION
 from hooks.targets import targets
 
-CACHE = Path(__file__).parents[2] / ".cache"
 OURS, ORIGINAL = "this library", f"flex-model {VERSION}"
 
 
@@ -24,7 +23,7 @@ def main() -> None:
     """Runs the benchmark; a missed target is told, not an error, for machines differ."""
     console = Console()
     load, _, _ = os.getloadavg()
-    pythons = {OURS: Path(sys.executable), ORIGINAL: original_python(CACHE)}
+    pythons = {OURS: Path(sys.executable), ORIGINAL: _original()}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -44,6 +43,10 @@ def main() -> None:
     )
     for table in tables:
         console.print("\n", table)
+
+
+def _original() -> Path:
+    return borrowing_python(f"flex-model-{VERSION}", [f"flex-model=={VERSION}"])
 
 
 def _introduce(console: Console, measured: Measured, load: float) -> None:

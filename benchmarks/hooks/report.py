@@ -10,9 +10,8 @@ from rich.table import Table
 
 from figures import Figure, differences, ratios, times
 from hooks.measure import Measured
-from hooks.original import VERSION
 from hooks.per_hook import agreement, per_hook
-from hooks.settings import ONE_PROCESS, TWO_RANKS
+from hooks.settings import ONE_PROCESS, TWO_RANKS, VERSION
 from hooks.targets import Target
 
 __all__ = ["one_process_table", "targets_table", "times_table", "traffic_table"]

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["HIDDEN", "INNER", "LAYERS", "ONE_PROCESS", "TWO_RANKS", "VOCABULARY", "Setting"]
+__all__ = [
+    "HIDDEN",
+    "INNER",
+    "LAYERS",
+    "ONE_PROCESS",
+    "TWO_RANKS",
+    "VOCABULARY",
+    "Setting",
+    "VERSION",
+]
+
+VERSION = "0.1.0"  # of flex-model, whose package has this library's name
 
 HIDDEN = 64
 INNER = 256

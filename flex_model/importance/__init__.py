@@ -7,6 +7,7 @@ where each rank scores its own channels on its own tokens and one vector is gath
 from flex_model.importance.activation import PaddingMask
 from flex_model.importance.depth import LayerSimilarityHook, layer_scores
 from flex_model.importance.evaluation import evaluate_importance_scores
+from flex_model.importance.experts import ExpertHook, FusedExpertsHook
 from flex_model.importance.files import dump_scores, load_scores, load_states, save_states
 from flex_model.importance.heads import (
     AttentionHeadHook,
@@ -23,7 +24,9 @@ from flex_model.importance.targets import KINDS, Target, hooks_for
 
 __all__ = [
     "AttentionHeadHook",
+    "ExpertHook",
     "ForwardHook",
+    "FusedExpertsHook",
     "Heads",
     "IndependentChannelContributionHook",
     "IndependentKvHeadContributionHook",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from flex_model.core.local_shard import LocalShard
 from flex_model.errors import ImportanceError
 
 __all__ = ["Activation", "PaddingMask"]
+
+# An activation is looked at in so many pieces, but not in smaller ones than so many entries.
+_PIECES, _LEAST_PIECE = 8, 2**17
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,43 @@ class Activation:
         """How many tokens the whole tensor holds that count."""
         return self.mask.count if self.mask is not None else self.shard.count(self.leading)
 
-    @property
-    def exact(self) -> Tensor:
-        """The values in float32, padding as zeros: ``[..., channels]``."""
-        values = self.values.float()
-        return values if self.mask is None else values * self.keep.unsqueeze(-1)
+    def magnitudes(self, across: int, least: int = _LEAST_PIECE) -> Iterator[tuple[slice, Tensor]]:
+        """``|x|`` in float32, padding as zeros, in pieces along a dim: neither a float32 copy nor
+        what is made of it is ever as large as the activation.
 
-    def norm(self, order: int, dims: tuple[int, ...]) -> Tensor:
-        """The vector norm over some dims, in one pass in float32, padding left out.
+        Args:
+            across: the dim.
+            least: entries of a piece, unless the activation has fewer. Pieces that stay in a CPU's
+                cache are fast, and so are few operations.
 
-        No copy of the activation is made unless there is padding.
+        Yields:
+            Where the piece stands along the dim, and the piece, which may be written to, and which
+            the next one overwrites.
         """
-        narrow = self.mask is None and self.values.dtype != torch.float64
-        values = self.values if narrow else self.exact
-        return torch.linalg.vector_norm(values, order, dims, dtype=torch.float32)
+        length, entries = self.values.shape[across], max(1, self.values.numel())
+        size = max(1, max(least, entries // _PIECES) * length // entries)
+        keep = self.keep.unsqueeze(-1) if self.mask is not None else None
+        room: Tensor | None = None
+        for piece in (slice(at, min(at + size, length)) for at in range(0, length, size)):
+            values = self.values.narrow(across, piece.start, piece.stop - piece.start)
+            if room is None or room.shape != values.shape:
+                room = torch.empty_like(values, dtype=torch.float32)
+            if values.dtype == torch.float32:
+                torch.abs(values, out=room)
+            else:
+                room.copy_(values).abs_()
+            if keep is not None:
+                room.mul_(keep.narrow(across, piece.start, piece.stop - piece.start))
+            yield piece, room
+
+    def summed(self, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """``|x|``, or a function of it, summed over all tokens: ``[channels]``, float32."""
+        leading = self.leading
+        total = self.values.new_zeros(self.values.shape[-1], dtype=torch.float32)
+        longest = max(leading, key=lambda dim: self.values.shape[dim])
+        for _, sizes in self.magnitudes(longest):
+            total += (sizes if function is None else function(sizes)).sum(leading)
+        return total
 
     @property
     def keep(self) -> Tensor:

@@ -46,6 +46,8 @@ def evaluate_importance_scores(
             f"importance_scores has shape {tuple(importance_scores.shape)}, but the layer has "
             f"{channels} input channels: give one score for each."
         )
+    if torch.isnan(importance_scores).any():
+        raise ImportanceError("importance_scores holds NaNs, which rank nowhere. Score again.")
     count = int(channels * prune_ratio)
     pruned = torch.topk(importance_scores, count, largest=False).indices
     pairs = [(_output(linear_layer, x), _output(linear_layer, _without(x, pruned)))

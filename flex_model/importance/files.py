@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,6 +49,10 @@ Nested = Mapping[str, Mapping[str, Any]]
 _SCORES = "rank_"
 _STATES = "hook_states_rank_"
 _BETWEEN = ":"
+_UNREADABLE: tuple[type[Exception], ...] = (
+    *(SafetensorError, KeyError, ValueError, RuntimeError, EOFError, TypeError),
+    pickle.UnpicklingError,  # what ``weights_only`` refuses
+)
 _REST = "values"
 
 
@@ -169,8 +174,9 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
                 module, _, name = key.rpartition(_BETWEEN)
                 found[module][name] = value
             return found
-    except (SafetensorError, KeyError, ValueError, RuntimeError, EOFError, TypeError) as error:
-        raise ImportanceError(f"{path} cannot be read ({error}). Write it again.") from error
+    except _UNREADABLE as error:
+        why = str(error).partition("\n")[0]
+        raise ImportanceError(f"{path} cannot be read ({why}). Write it again.") from error
 
 
 def write_json(path: Path, found: Any) -> None:

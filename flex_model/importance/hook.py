@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,8 +45,6 @@ class ForwardHook(ABC):
         watches: the sides of the layer that the hook looks at.
         sequence_dim: the dim of the tokens of one sequence in ``[.., .., channels]``: 0 or 1.
         mask: of padding, for the forward that is under way.
-        healthy: whether all calls' statistics were finite since it was last set to None; a tensor,
-            so that asking waits for no device. None before the next call.
         name: the module's, once it is known.
     """
 
@@ -56,7 +55,7 @@ class ForwardHook(ABC):
             raise ImportanceError(f"sequence_dim must be 0 or 1, got {sequence_dim!r}.")
         self.sequence_dim = sequence_dim
         self.mask: PaddingMask | None = None
-        self.healthy: Tensor | None = None
+        self._noted: Tensor | None = None
         self.name = ""
         self._input: Activation | None = None
 
@@ -129,11 +128,11 @@ class ForwardHook(ABC):
             seen["input"] = self._plain(module, "input", (args, kwargs))
         if "output" in self.watches:
             seen["output"] = self._plain(module, "output", output)
-        with torch.no_grad(), torch.autocast(_device(seen), enabled=False):
+        with torch.no_grad(), _exact(_device(seen)):
             self.see(module, seen.get("input"), seen.get("output"), output)
 
     def _plain(self, module: nn.Module, side: Side, tree: Any) -> Activation:
-        tensor = next(iter(tensors_in(tree)), None)
+        tensor = tree if isinstance(tree, Tensor) else next(iter(tensors_in(tree)), None)
         if tensor is None:
             raise ImportanceError(
                 f"{type(self).__name__}: {type(module).__name__} has no tensor as its {side}. "
@@ -221,10 +220,22 @@ class ForwardHook(ABC):
             raise ImportanceError(f"{type(self).__name__} keeps no counters, but got {found}.")
 
     def noted(self, term: Tensor) -> Tensor:
-        """One call's statistics, noting whether they are finite."""
-        finite = torch.isfinite(term).all()
-        self.healthy = finite if self.healthy is None else self.healthy & finite
+        """One call's statistics, kept for `healthy`."""
+        same = self._noted is not None and self._noted.shape == term.shape
+        # What is no number stays none in a sum.
+        self._noted = self._noted + term if same else term  # type: ignore[operator]
         return term
+
+    @property
+    def healthy(self) -> Tensor | None:
+        """Whether the statistics of all calls since `forget_health` were finite; a tensor, so that
+        asking waits for no device. None before the first call.
+        """
+        return torch.isfinite(self._noted).all() if self._noted is not None else None
+
+    def forget_health(self) -> None:
+        """Let `healthy` tell of the calls that come."""
+        self._noted = None
 
 
 def _exactly(function: Any) -> Any:
@@ -233,10 +244,16 @@ def _exactly(function: Any) -> Any:
     def exact(
         current_module: nn.Module, inputs: Tensor, save_ctx: Any, modules: Any, *, shard: LocalShard
     ) -> None:
-        with torch.autocast(inputs.device.type, enabled=False):
+        with _exact(inputs.device.type):
             function(current_module, inputs, save_ctx, modules, shard=shard)
 
     return exact
+
+
+def _exact(device: str) -> AbstractContextManager[Any]:
+    """Without autocast, which would multiply in short floats."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _device(seen: Mapping[str, Activation]) -> str:

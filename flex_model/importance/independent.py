@@ -18,6 +18,7 @@ from flex_model.importance.sharded_sum import ShardedSum
 __all__ = ["IndependentChannelContributionHook"]
 
 _RELATIVE = 1e-5
+_ROWS = 64  # of a weight are taken to float32 at once
 
 
 class IndependentChannelContributionHook(ForwardHook):
@@ -66,7 +67,7 @@ class IndependentChannelContributionHook(ForwardHook):
             self._norms.add(norms, inputs.shard, ())
         if inputs.tokens == 0:
             return
-        sums = inputs.norm(1, inputs.leading)
+        sums = inputs.summed()
         self._means.add(self.noted(sums / inputs.tokens), inputs.shard, inputs.leading)
 
     def accumulate(self) -> Tensor:
@@ -118,5 +119,5 @@ class IndependentChannelContributionHook(ForwardHook):
 
 def column_norms(weight: Tensor) -> Tensor:
     """The norm of every input channel's weights, ``[channels]``, float32."""
-    exact = weight.float() if weight.dtype == torch.float64 else weight
-    return torch.linalg.vector_norm(exact, 2, 0, dtype=torch.float32)
+    squares = [rows.float().square().sum(0) for rows in weight.split(_ROWS)]
+    return torch.stack(squares).sum(0).sqrt()

@@ -299,7 +299,8 @@ class _Call:
         if self.pruned:
             lost = values.new_zeros(values.shape[0], self.weight.shape[0], dtype=torch.float32)
             for block in self._blocks(gone, values.shape[0]):
-                lost.addmm_(values[:, block].float(), self.weight[:, block].float().T)
+                own = values.index_select(1, block).float()
+                lost.addmm_(own, self.weight.index_select(1, block).float().T)
             lost = self.inputs.shard.summed(lost, (-1,), in_place=True)
         if outputs is not None:
             return _calibrated(outputs.float(), lost, self.bias)
@@ -321,16 +322,16 @@ class _Call:
         if error is not None:
             squares = torch.linalg.vector_norm(error, 2, 1, keepdim=True).square_()
         for block in self._blocks(kept, values.shape[0]):
-            own = values[:, block].float()
+            own = values.index_select(1, block).float()
             sizes = own * self.norms[block]
             if error is not None and squares is not None:
-                sizes.addmm_(error, self.weight[:, block].float(), alpha=2.0)
+                sizes.addmm_(error, self.weight.index_select(1, block).float(), alpha=2.0)
             sizes.mul_(own)
             if squares is not None:
                 sizes.add_(squares)
             # A true square: what rounding leaves below zero is zero.
             sizes.clamp_min_(0.0).add_(_EPSILON).sqrt_()
-            total[block] += sizes.sum(0) if keep is None else keep @ sizes
+            total.index_add_(0, block, sizes.sum(0) if keep is None else keep @ sizes)
 
 
 def _calibrated(outputs: Tensor, lost: Tensor | None, bias: Tensor | None) -> Tensor:

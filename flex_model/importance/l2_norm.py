@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -12,10 +13,14 @@ from flex_model.errors import ImportanceError
 from flex_model.importance.activation import Activation
 from flex_model.importance.checks import collected, keys_of, vector
 from flex_model.importance.hook import ForwardHook
+from flex_model.importance.layer import megatron_group
 from flex_model.importance.sharded_sum import ShardedSum
-from flex_model.layouts.sources import Side, loaded
+from flex_model.layouts.sources import Side
 
 __all__ = ["L2NormHook", "MegatronL2NormHook"]
+
+
+_LEAST_PIECE = 2**18  # entries: more is done with each than in other hooks
 
 
 class L2NormHook(ForwardHook):
@@ -65,17 +70,13 @@ class L2NormHook(ForwardHook):
         seen = inputs if inputs is not None else outputs
         assert seen is not None
         if self.per_token:
-            term = seen.norm(2, seen.leading).square()
+            term = seen.summed(torch.square)
             self._squares.add(self.noted(term), seen.shard, seen.leading)
             return
         along, across = self._dims(module, seen)
         if seen.shard.count(seen.leading) == 0:  # an expert that no token chose
             return
-        sums = seen.norm(1, (along,))
-        sums = seen.shard.summed(sums, (along,))
-        means = sums / self._lengths(seen, along)
-        squares = means.square()
-        term = squares.sum(0) if across else squares
+        term = _sum_of_squares(seen, along) if across else _means(seen, along).square()
         self._squares.add(self.noted(term), seen.shard, across)
 
     def _dims(self, module: nn.Module, seen: Activation) -> tuple[int, tuple[int, ...]]:
@@ -88,13 +89,6 @@ class L2NormHook(ForwardHook):
                 "[sequence, batch, channels] nor [tokens, channels]. per_token=True takes any."
             )
         return self.sequence_dim, (1 - self.sequence_dim,)
-
-    def _lengths(self, seen: Activation, along: int) -> Tensor | float:
-        """Tokens of each sample that count."""
-        if seen.mask is None:
-            return float(seen.shard.whole_shape[along])
-        counts = seen.shard.summed(seen.keep.sum(along), (along,))
-        return counts.clamp(min=1).unsqueeze(-1)
 
     def _who(self, module: nn.Module) -> str:
         return f"{type(self).__name__} on {self.name or type(module).__name__}"
@@ -128,8 +122,37 @@ class MegatronL2NormHook(L2NormHook):
     """
 
     def _group(self) -> ProcessGroup | None:
-        state = loaded("megatron.core.parallel_state")
-        if state is None or not state.model_parallel_is_initialized():
-            return None
-        group: ProcessGroup = state.get_tensor_model_parallel_group()
-        return group if group.size() > 1 else None
+        return megatron_group()
+
+
+def _sum_of_squares(seen: Activation, along: int) -> Tensor:
+    """Of the samples' means, ``[own channels]``."""
+    if seen.shard.cuts((along,)):
+        return _means(seen, along).square().sum(0)
+    lengths = _lengths(seen, along)
+    total = seen.values.new_zeros(seen.values.shape[-1], dtype=torch.float32)
+    for piece, sizes in seen.magnitudes(1 - along, _LEAST_PIECE):
+        sums = sizes.sum(along)
+        sums = sums / lengths[piece] if isinstance(lengths, Tensor) else sums
+        total += sums.square_().sum(0)
+    return total if isinstance(lengths, Tensor) else total / lengths**2
+
+
+def _means(seen: Activation, along: int) -> Tensor:
+    """Of every sample, ``[samples, own channels]`` (or of all tokens, ``[own channels]``), where
+    other ranks may hold other tokens of them.
+    """
+    total = seen.values.new_zeros(
+        [size for dim, size in enumerate(seen.values.shape) if dim != along], dtype=torch.float32
+    )
+    for _, sizes in seen.magnitudes(along):
+        total += sizes.sum(along)
+    return seen.shard.summed(total, (along,), in_place=True) / _lengths(seen, along)
+
+
+def _lengths(seen: Activation, along: int) -> Tensor | float:
+    """Tokens of each sample that count: ``[samples, 1]``, or one number for all."""
+    if seen.mask is None:
+        return float(seen.shard.whole_shape[along])
+    counts = seen.shard.summed(seen.keep.sum(along), (along,))
+    return counts.clamp(min=1).unsqueeze(-1)

@@ -15,9 +15,10 @@ from flex_model.errors import ImportanceError
 from flex_model.layouts.accelerate import offloaded
 from flex_model.layouts.layout import ActivationLayout, DimLayout, is_sharded, shard_dim
 from flex_model.layouts.resolve import groups_of, parameter_placement, tell
-from flex_model.layouts.sources import Side, Site
+from flex_model.layouts.sources import Side, Site, loaded
 
-__all__ = ["bias_added", "channels_of", "plain_shard", "weight_of", "whole_channels"]
+__all__ = ["bias_added", "channels_of", "megatron_group", "plain_shard", "weight_of"]
+__all__ += ["whole_channels"]
 
 
 def channels_of(layer: nn.Module) -> int:
@@ -113,11 +114,20 @@ def _told(
         placement = _by_weight(module, side, tensor)
         if placement is not None:
             return group, placement
-    if default is not None and getattr(_weight(module), "sequence_parallel", False):
-        return default, Shard(0)  # Megatron's norms between its parallel regions
-    if default is not None and default.size() > 1:
+    if getattr(_weight(module), "sequence_parallel", False):
+        return megatron_group(), Shard(0)  # a norm between Megatron's parallel regions
+    if default is not None:
         return default, Shard(tensor.ndim - 1)
     return None, None
+
+
+def megatron_group() -> ProcessGroup | None:
+    """Megatron's tensor-parallel ranks, if there are several."""
+    state = loaded("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return None
+    group: ProcessGroup = state.get_tensor_model_parallel_group()
+    return group if group.size() > 1 else None
 
 
 def _by_weight(module: nn.Module, side: Side, tensor: Tensor) -> Placement | None:

@@ -67,7 +67,7 @@ class LayerNormContributionHook(ForwardHook):
         assert outputs is not None
         if outputs.tokens == 0:
             return
-        sums = outputs.norm(1, outputs.leading)
+        sums = outputs.summed()
         self._means.add(self.noted(sums / outputs.tokens), outputs.shard, outputs.leading)
 
     def accumulate(self) -> Tensor:

@@ -177,7 +177,8 @@ class _Run:
 
     def _forward(self, mask: PaddingMask | None) -> None:
         for hook in self._hooks.values():
-            hook.mask, hook.healthy = mask, None
+            hook.mask = mask
+            hook.forget_health()
         try:
             call(self._model, to_device(self._batch, self._device))
         except ImportanceError as error:
@@ -254,7 +255,7 @@ def _register(model: FlexModel, hooks: Mapping[str, ForwardHook]) -> None:
     for key, hook in hooks.items():
         if not isinstance(hook, ForwardHook):
             raise ImportanceError(f"{key} must have a ForwardHook, got {type(hook).__name__}.")
-        hook.healthy = None
+        hook.forget_health()
         model.register_importance_hook(module_of(key), hook)
 
 
