@@ -15,6 +15,7 @@ from torch import nn
 from flex_model.core.flex_model import FlexModel
 from flex_model.errors import ImportanceError, UnknownModuleError
 from flex_model.importance.depth import LayerSimilarityHook
+from flex_model.importance.experts import ExpertHook, FusedExpertsHook
 from flex_model.importance.heads import (
     AttentionHeadHook,
     Heads,
@@ -123,7 +124,7 @@ def kind_of(hook: ForwardHook) -> str:
     """The kind of `KINDS` that a hook is of; of a hook of another class its name."""
     if type(hook) is L2NormHook and hook.watches == ("output",):
         return "hidden"
-    return next((kind for kind, of in _CLASSES.items() if of is type(hook)), type(hook).__name__)
+    return _CLASSES.get(type(hook), type(hook).__name__)
 
 
 def _matching(pattern: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
@@ -202,6 +203,13 @@ def _layers(place: _Place) -> ForwardHook:
     return LayerSimilarityHook(**place.options)
 
 
+def _experts(place: _Place) -> ForwardHook:
+    """Of a layer whose experts are one module, or of one expert that is a module of its own."""
+    _check_options(place.options, {"sequence_dim"})
+    fused = hasattr(place.layer, "gate_up_proj")
+    return FusedExpertsHook(place.layer) if fused else ExpertHook()
+
+
 KINDS: Mapping[str, Callable[[_Place], ForwardHook]] = {
     "l2": _norms,
     "megatron_l2": _megatron_norms,
@@ -212,16 +220,19 @@ KINDS: Mapping[str, Callable[[_Place], ForwardHook]] = {
     "layer_norm": _layer_norm,
     "layers": _layers,
     "hidden": _hidden,
+    "experts": _experts,
 }
-_CLASSES: Mapping[str, type[ForwardHook]] = {
-    "l2": L2NormHook,
-    "megatron_l2": MegatronL2NormHook,
-    "independent": IndependentChannelContributionHook,
-    "iterative": IterativeChannelContributionHook,
-    "kv_heads": IndependentKvHeadContributionHook,
-    "heads": AttentionHeadHook,
-    "layer_norm": LayerNormContributionHook,
-    "layers": LayerSimilarityHook,
+_CLASSES: Mapping[type[ForwardHook], str] = {
+    L2NormHook: "l2",
+    MegatronL2NormHook: "megatron_l2",
+    IndependentChannelContributionHook: "independent",
+    IterativeChannelContributionHook: "iterative",
+    IndependentKvHeadContributionHook: "kv_heads",
+    AttentionHeadHook: "heads",
+    LayerNormContributionHook: "layer_norm",
+    LayerSimilarityHook: "layers",
+    ExpertHook: "experts",
+    FusedExpertsHook: "experts",
 }
 
 

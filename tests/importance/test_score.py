@@ -362,6 +362,34 @@ def test_hidden_sizes_are_scored_alike_by_norms() -> None:
     assert all(named["score"].shape == (HIDDEN,) for named in found.values())
 
 
+# -- experts -----------------------------------------------------------------------------------
+
+
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, use_cache=False,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+def test_experts_pass_over_padding() -> None:
+    """On the right, where a causal model's real tokens do not see it: as if it were not there."""
+    batches, rows = [], []
+    for ids in token_batches(3):
+        mask = torch.ones_like(ids)
+        mask[:, 3:] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+        rows.append({"input_ids": ids[:, :3]})
+    targets = [Target("model.layers.*.mlp.experts", "experts")]
+    found = score(_mixtral(), batches, targets)
+    assert found["model.layers.1.mlp.experts"]["score"].shape == (4,)
+    assert_close(found, score(_mixtral(), rows, targets))
+
+
 # -- Megatron ----------------------------------------------------------------------------------
 
 MEGATRON = (

@@ -155,6 +155,24 @@ def test_scores_for_pruning(plain: Path) -> None:
     torch.testing.assert_close(found["hidden"], torch.stack(norms).sum(0))
 
 
+def test_pruning_takes_the_scores(model: Path, plain: Path) -> None:
+    """Every dimension that was scored, under the names and shapes that are asked for."""
+    sizes = (
+        "--ffn-ratio",
+        "0.25",
+        "--kv-heads-ratio",
+        "0.5",
+        "--hidden-size",
+        "12",
+        "--layers-size",
+        "1",
+    )
+    scores = ["--scores", str(plain / "scores.safetensors")]
+    done = CliRunner().invoke(app, ["prune", str(model), *scores, *sizes, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "intermediate_size = 18" in done.output
+
+
 def test_the_documented_config_works(model: Path, tmp_path: Path) -> None:
     """On this model, which is over bytes and has a short context."""
     told = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "scoring.md").read_text(), re.DOTALL)
