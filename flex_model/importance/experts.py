@@ -46,6 +46,10 @@ class _NormsHook(ForwardHook):
     def sums(self) -> Mapping[str, ShardedSum]:
         return {_KEY: self._norms}
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with, "experts": self.experts}
+
     def accumulate(self) -> Tensor:
         """``[experts]``, float32."""
         return collected(self._norms.whole(), type(self).__name__)
@@ -81,6 +85,11 @@ class ExpertHook(_NormsHook):
         self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
     ) -> None:
         assert outputs is not None
+        if outputs.mask is not None:
+            raise ImportanceError(
+                f"{type(self).__name__} on {self.name or type(module).__name__}: of the tokens "
+                "routed to an expert nobody tells which are padding. Give batches without."
+            )
         norms = torch.linalg.vector_norm(outputs.values.float(), 2, -1)
         self._norms.add(self.noted(norms.sum().view(1)), outputs.shard, outputs.leading)
 
@@ -161,6 +170,7 @@ class FusedExpertsHook(_NormsHook):
             weight_of(self._module, "gate_up_proj"),
             weight_of(self._module, "down_proj"),
         )
+        keep = Activation(hidden, shard, self.mask, self.sequence_dim).keep.flatten()
         norms = hidden.new_zeros(self.experts, dtype=torch.float32)
         for expert in range(self.experts):
             token, place = (chosen == expert).nonzero(as_tuple=True)
@@ -169,7 +179,7 @@ class FusedExpertsHook(_NormsHook):
             if group is not None:
                 output = all_reduce_sum(output, group, in_place=True)
             sizes = torch.linalg.vector_norm(output, 2, -1)
-            norms[expert] = sizes @ weights[token, place].float().abs()
+            norms[expert] = sizes @ (weights[token, place].float().abs() * keep[token])
         self._norms.add(self.noted(norms), shard, tuple(range(hidden.ndim - 1)))
 
     def _group_of_parts(self) -> Communicator | None:

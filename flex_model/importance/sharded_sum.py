@@ -59,7 +59,7 @@ class ShardedSum:
                 f"A layer of {self._own.numel()} channels on this rank was called with "
                 f"{term.numel()}. Give every layer an importance hook of its own."
             )
-        self._own = self._own + term
+        self._own = self._own.to(term.device) + term
         self._shard, self._over = shard, tuple(over)
 
     def whole(self) -> Tensor | None:
