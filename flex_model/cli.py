@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from flex_model.errors import ConfigurationError
-from flex_model.importance.command import score_command
+from flex_model.importance.command_line.command import score_command
 from flex_model.pruning.command import prune_command
 from flex_model.report.plan import Plan
 from flex_model.report.plan import plan as planned

@@ -19,8 +19,8 @@ from flex_model.importance.independent import IndependentChannelContributionHook
 from flex_model.importance.iterative import IterativeChannelContributionHook
 from flex_model.importance.l2_norm import L2NormHook, MegatronL2NormHook
 from flex_model.importance.layer_norm import LayerNormContributionHook
-from flex_model.importance.scoring import score
-from flex_model.importance.targets import KINDS, Target, hooks_for
+from flex_model.importance.run.scoring import score
+from flex_model.importance.run.targets import KINDS, Target, hooks_for
 
 __all__ = [
     "AttentionHeadHook",

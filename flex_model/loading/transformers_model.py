@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,16 +14,21 @@ __all__ = ["from_directory", "tokenizer_of"]
 
 
 def from_directory(
-    directory: str, tp: int = 1, dp: int = 1, *, dtype: torch.dtype = torch.float32
+    directory: str | Path,
+    tp: int = 1,
+    dp: int = 1,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    caching: bool = False,
 ) -> nn.Module:
-    """The model on the CPU, or on the job's accelerator, without a cache; over data-parallel ranks
-    it is replicated.
+    """The model on the CPU, or on the job's accelerator; over data-parallel ranks it is replicated.
 
     Args:
         directory: with ``config.json`` and the weights.
         tp: ranks that the plan's layers are spread over.
         dp: ranks with a part of the batch each.
-        dtype: of the parameters.
+        dtype: of the parameters; "auto" takes the one that they were saved in.
+        caching: whether the config keeps what it says of caches.
     """
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
@@ -38,7 +44,8 @@ def from_directory(
     module: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, local_files_only=True, **spread
     )
-    module.config.use_cache = False
+    if not caching:
+        module.config.use_cache = False
     return module
 
 

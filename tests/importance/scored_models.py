@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from flex_model.importance import ForwardHook, Target, hooks_for
-from flex_model.importance.targets import module_of
+from flex_model.importance.run.targets import module_of
 
 VOCABULARY, HIDDEN, INNER, LAYERS = 12, 6, 8, 3
 

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from flex_model import FlexModel, HookFunction
 from flex_model.errors import ImportanceError, UnknownModuleError
 from flex_model.importance import L2NormHook, Target, hooks_for, score
-from flex_model.importance.every import Every
-from flex_model.importance.targets import kind_of
+from flex_model.importance.run.every import Every
+from flex_model.importance.run.targets import kind_of
 from flex_model.testing.ranks import run_ranks
 
 L2 = (Target("layers.*.down", "l2"),)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from flex_model.cli import app
 from flex_model.errors import ImportanceError
 from flex_model.importance import load_scores
-from flex_model.importance.token_files import TokenBatches, Tokens, read_tokens
+from flex_model.importance.command_line.token_files import TokenBatches, Tokens, read_tokens
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "It is not the strongest of the channels that survives, but the one most scored. " * 24

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flex_model.importance.hook import ForwardHook
-from flex_model.importance.targets import kind_of, module_of
+from flex_model.importance.run.targets import kind_of, module_of
 
 __all__ = ["Family", "Row", "families", "rows"]
 

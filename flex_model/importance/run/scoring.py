@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from flex_model.core.flex_model import FlexModel
 from flex_model.errors import ImportanceError
 from flex_model.importance.activation import PaddingMask
-from flex_model.importance.batches import call, checked, device_of, digest, padding, to_device
-from flex_model.importance.checkpoint import Checkpoints, Progress
-from flex_model.importance.every import Every
-from flex_model.importance.fingerprint import fingerprint
 from flex_model.importance.hook import ForwardHook
-from flex_model.importance.local_state import local_states, take_up
-from flex_model.importance.peers import Peers
-from flex_model.importance.progress import Bar
-from flex_model.importance.targets import Target, hooks_for, module_of
-from flex_model.importance.turn import Turn, all_or_none, whole_mask
+from flex_model.importance.run.batches import call, checked, device_of, digest, padding, to_device
+from flex_model.importance.run.checkpoint import Checkpoints, Progress
+from flex_model.importance.run.every import Every
+from flex_model.importance.run.fingerprint import fingerprint
+from flex_model.importance.run.local_state import local_states, take_up
+from flex_model.importance.run.peers import Peers
+from flex_model.importance.run.progress import Bar
+from flex_model.importance.run.targets import Target, hooks_for, module_of
+from flex_model.importance.run.turn import Turn, all_or_none, whole_mask
 from flex_model.layouts.names import named_modules
 
 __all__ = ["score"]

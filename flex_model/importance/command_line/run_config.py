@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from flex_model.errors import ImportanceError
-from flex_model.importance.targets import Target
+from flex_model.importance.run.targets import Target
 
 __all__ = ["BatchConfig", "RunConfig", "TargetConfig", "read_config", "targets_of"]
 

@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure, SubFigure
 
-from flex_model.importance.summary import Family, Row
+from flex_model.importance.results.summary import Family, Row
 
 __all__ = ["draw", "png"]
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from flex_model.errors import ImportanceError
 from flex_model.importance import files
-from flex_model.importance.fingerprint import PER_RANK, difference
-from flex_model.importance.peers import Peers
+from flex_model.importance.run.fingerprint import PER_RANK, difference
+from flex_model.importance.run.peers import Peers
 
 __all__ = ["Checkpoints", "Progress"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flex_model.importance.job import Request, run_score
+from flex_model.importance.command_line.job import Request, run_score
 
 __all__ = ["score_command"]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flex_model.importance import files
 from flex_model.importance.hook import ForwardHook
-from flex_model.importance.merged import pruning_scores
-from flex_model.importance.page import page
-from flex_model.importance.plot import draw, png
-from flex_model.importance.summary import Row, families, rows
+from flex_model.importance.results.merged import pruning_scores
+from flex_model.importance.results.page import page
+from flex_model.importance.results.plot import draw, png
+from flex_model.importance.results.summary import Row, families, rows
 
 __all__ = ["write_report"]
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from flex_model.importance.summary import Row
-from flex_model.importance.table import HEAD, cells
+from flex_model.importance.results.summary import Row
+from flex_model.importance.results.table import HEAD, cells
 
 __all__ = ["page"]
 

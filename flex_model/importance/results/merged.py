@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flex_model.importance.summary import Row
+from flex_model.importance.results.summary import Row
 
 __all__ = ["pruning_scores"]
 

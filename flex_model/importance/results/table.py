@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from flex_model.importance.summary import Row
+from flex_model.importance.results.summary import Row
 
 __all__ = ["HEAD", "cells", "score_table"]
 
