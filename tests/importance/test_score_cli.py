@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from flex_model.cli import app
-from flex_model.errors import ImportanceError
+from flex_model.errors import ConfigurationError
 from flex_model.importance import load_scores
-from flex_model.importance.command_line.token_files import TokenBatches, Tokens, read_tokens
+from flex_model.loading.token_files import TokenBatches, Tokens, read_tokens
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "It is not the strongest of the channels that survives, but the one most scored. " * 24
@@ -319,7 +319,7 @@ def _file(folder: Path, content: Any) -> Path:
     ],
 )
 def test_files_that_are_something_else(content: Any, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ImportanceError, match=told):
+    with pytest.raises(ConfigurationError, match=told):
         read_tokens([_file(tmp_path, content)], 4, _bytes)
 
 

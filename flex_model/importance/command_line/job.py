@@ -20,7 +20,6 @@ from flex_model.core.flex_model import FlexModel
 from flex_model.errors import ConfigurationError, FlexModelError, ImportanceError, RankFailedError
 from flex_model.importance import files
 from flex_model.importance.command_line.run_config import RunConfig, read_config, targets_of
-from flex_model.importance.command_line.token_files import TokenBatches, read_tokens
 from flex_model.importance.hook import ForwardHook
 from flex_model.importance.results.report import write_report
 from flex_model.importance.results.summary import Row
@@ -28,6 +27,7 @@ from flex_model.importance.results.table import score_table
 from flex_model.importance.run.peers import Peers
 from flex_model.importance.run.scoring import score
 from flex_model.importance.run.targets import hooks_for, kind_of, module_of
+from flex_model.loading.token_files import TokenBatches, read_tokens
 from flex_model.loading.transformers_model import from_directory, tokenizer_of
 
 __all__ = ["Request", "run_score"]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flex_model.errors import ImportanceError
+from flex_model.errors import ConfigurationError
 
 __all__ = ["TokenBatches", "Tokens", "read_tokens"]
 
@@ -81,7 +81,7 @@ class TokenBatches:
 
 
 def read_tokens(
-    files: Sequence[Path], length: int, encode: Callable[[str], Sequence[int]]
+    files: Sequence[Path], length: int | None, encode: Callable[[str], Sequence[int]]
 ) -> Tokens:
     """The sequences in some files, one file after the other.
 
@@ -91,15 +91,17 @@ def read_tokens(
 
     Args:
         files: text in UTF-8, unless their names end in ``.npy`` or ``.safetensors``.
-        length: tokens of a sequence.
+        length: tokens of a sequence; None takes rows as long as they are, and no streams.
         encode: ids of a text.
 
     Raises:
-        ImportanceError: a file is missing, or something else; rows of another length; nothing.
+        ConfigurationError: a file is missing, or something else; rows of another length; nothing.
     """
     found = [_read(path, length, encode) for path in files]
+    if len({tokens.ids.shape[1] for tokens in found}) > 1:
+        raise ConfigurationError(f"{[str(path) for path in files]} hold rows of several lengths.")
     if not sum(len(tokens.ids) for tokens in found):
-        raise ImportanceError(
+        raise ConfigurationError(
             f"{[str(path) for path in files]} hold no sequence of {length} tokens. Give longer "
             "texts, or a smaller sequence."
         )
@@ -112,7 +114,7 @@ def read_tokens(
     return Tokens(torch.cat([tokens.ids for tokens in found]), masks)
 
 
-def _read(path: Path, length: int, encode: Callable[[str], Sequence[int]]) -> Tokens:
+def _read(path: Path, length: int | None, encode: Callable[[str], Sequence[int]]) -> Tokens:
     try:
         if path.suffix == ".safetensors":
             return _of_tensors(path, load_file(path), length)
@@ -121,13 +123,13 @@ def _read(path: Path, length: int, encode: Callable[[str], Sequence[int]]) -> To
         ids = torch.tensor(encode(path.read_text(encoding="utf-8")), dtype=torch.int64)
         return Tokens(_rows(path, ids, length))
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise ImportanceError(f"{path} cannot be read: {error}.") from error
+        raise ConfigurationError(f"{path} cannot be read: {error}.") from error
 
 
-def _of_tensors(path: Path, found: dict[str, Tensor], length: int) -> Tokens:
+def _of_tensors(path: Path, found: dict[str, Tensor], length: int | None) -> Tokens:
     name = _IDS if _IDS in found else next(iter(found), "")
     if not found or (name != _IDS and len(found) > 1):
-        raise ImportanceError(
+        raise ConfigurationError(
             f"{path} holds {sorted(found)}. Give one tensor of token ids, or {_IDS!r}, and "
             f"{_MASK!r} if there is padding."
         )
@@ -135,24 +137,28 @@ def _of_tensors(path: Path, found: dict[str, Tensor], length: int) -> Tokens:
     if name != _IDS or _MASK not in found:
         return Tokens(ids)
     if found[_MASK].shape != found[_IDS].shape:
-        raise ImportanceError(
+        raise ConfigurationError(
             f"{path}: {_MASK} has the shape {tuple(found[_MASK].shape)}, {_IDS} has "
             f"{tuple(found[_IDS].shape)}."
         )
     return Tokens(ids, _rows(path, found[_MASK].long(), length).bool())
 
 
-def _rows(path: Path, ids: Tensor, length: int) -> Tensor:
+def _rows(path: Path, ids: Tensor, length: int | None) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.ndim not in (1, 2):
-        raise ImportanceError(
+        raise ConfigurationError(
             f"{path} holds {ids.dtype} of shape {tuple(ids.shape)}. Token ids are whole numbers, "
             "in a stream or in rows."
         )
     if ids.ndim == 1:
+        if length is None:
+            raise ConfigurationError(
+                f"{path} holds a stream of {len(ids)} tokens. Tell how many make a sequence."
+            )
         count = len(ids) // length
         ids = ids[: count * length].view(count, length)
-    if ids.shape[1] != length:
-        raise ImportanceError(
+    if length is not None and ids.shape[1] != length:
+        raise ConfigurationError(
             f"{path} holds sequences of {ids.shape[1]} tokens, but sequence is {length}."
         )
     return ids.long()
