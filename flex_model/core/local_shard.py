@@ -55,6 +55,10 @@ class LocalShard:
         """Whether other ranks hold other slices of any of these dims."""
         return bool(self._over(dims))
 
+    def mesh_dims(self, dims: Collection[int]) -> set[str]:
+        """Over which mesh dims any of these are cut."""
+        return {dim.name for dim in self._over(dims)}
+
     def ranks(self, dims: Collection[int]) -> int:
         """Over how many ranks these dims are cut."""
         return math.prod(dim.size for dim in self._over(dims))

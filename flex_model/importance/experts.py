@@ -31,6 +31,7 @@ from flex_model.layouts.sources import Side
 __all__ = ["ExpertHook", "FusedExpertsHook"]
 
 _KEY = "sum_of_norms"
+_LAST = 2  # of the three tensors that fused experts are given
 
 
 class _NormsHook(ForwardHook):
@@ -120,7 +121,7 @@ class FusedExpertsHook(_NormsHook):
             )
         self.experts = down.shape[0]
         self._module = experts
-        self._given: list[tuple[Tensor, LocalShard]] = []
+        self._given: dict[int, tuple[Tensor, LocalShard]] = {}
 
     def see(
         self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
@@ -140,24 +141,30 @@ class FusedExpertsHook(_NormsHook):
 
     def hook_functions(self, module_name: str) -> list[tuple[Kind, HookFunction]]:
         """One for each of the three tensors; the last one finds the others."""
-        self.name = module_name
+        self.take_name(module_name)
 
-        def see_one(
-            current_module: nn.Module, inputs: Tensor, save_ctx: Any, modules: Any, *,
-            shard: LocalShard,
-        ) -> None:  # fmt: skip
-            self._given.append((inputs, shard))
-            if len(self._given) == 3:
-                given, self._given = self._given, []
-                with torch.autocast(inputs.device.type, enabled=False):
+        def looking(index: int) -> Any:
+            def see_one(
+                current_module: nn.Module, inputs: Tensor, save_ctx: Any, modules: Any, *,
+                shard: LocalShard,
+            ) -> None:  # fmt: skip
+                self._given[index] = (inputs, shard)
+                if index == _LAST:
+                    given = [self._given[at] for at in range(_LAST + 1)]
                     hidden, chosen, weights = (tensor for tensor, _ in given)
-                    self._add(hidden, chosen, weights, given[0][1])
+                    self._given = {}
+                    with torch.autocast(inputs.device.type, enabled=False):
+                        self._add(hidden, chosen, weights, given[0][1])
 
-        look: Any = observes(see_one)
-        return [("forward_pre", HookFunction(module_name, None, look, at)) for at in range(3)]
+            return observes(see_one)
+
+        return [
+            ("forward_pre", HookFunction(module_name, None, looking(index), index))
+            for index in range(_LAST + 1)
+        ]
 
     def _check_given(self, given: list[Tensor]) -> None:
-        if len(given) != 3 or given[1].shape != given[2].shape:
+        if len(given) != _LAST + 1 or given[1].shape != given[2].shape:
             shapes = [tuple(tensor.shape) for tensor in given]
             raise ImportanceError(
                 f"{type(self).__name__}: the experts were given {shapes}, but (hidden_states, "

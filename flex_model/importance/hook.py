@@ -151,7 +151,7 @@ class ForwardHook(ABC):
 
     def hook_functions(self, module_name: str) -> list[tuple[Kind, HookFunction]]:
         """What FlexModel registers, kind by kind, to run this hook on a module."""
-        self.name = module_name
+        self.take_name(module_name)
         last: Side = "output" if "output" in self.watches else "input"
 
         def see_input(
@@ -182,6 +182,19 @@ class ForwardHook(ABC):
             hook = HookFunction(module_name, editing_function=observes(_exactly(function)))
             found.append((kind, hook))
         return found
+
+    def take_name(self, module_name: str) -> None:
+        """Belong to a module: what two of them do must not be added up.
+
+        Raises:
+            ImportanceError: the hook belongs to another one.
+        """
+        if self.name not in ("", module_name):
+            raise ImportanceError(
+                f"{type(self).__name__} is registered on {self.name} and cannot score "
+                f"{module_name} besides. Give every module a hook of its own."
+            )
+        self.name = module_name
 
     # -- on disk -------------------------------------------------------------------------------
 
