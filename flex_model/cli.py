@@ -1,4 +1,4 @@
-"""The command ``flex-model``: checks a model's hooks, plans them, and prunes models."""
+"""The command ``flex-model``: checks hooks, plans them, scores by them, and prunes models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from flex_model.errors import ConfigurationError
+from flex_model.importance.command_line.command import score_command
 from flex_model.pruning.command import prune_command
 from flex_model.report.plan import Plan
 from flex_model.report.plan import plan as planned
@@ -149,6 +150,7 @@ def plan(
         console.print(cost_table(found, hooks or []))
 
 
+app.command("score")(score_command)
 app.command("prune")(prune_command)
 
 

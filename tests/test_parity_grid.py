@@ -24,5 +24,8 @@ def test_the_page_shows_the_rows_that_there_are():
 
 @pytest.mark.parametrize("name", ROW_NAMES)
 def test_row_equals_one_process(name):
-    wrong = [measurement for measurement in measure_row(row(name)) if not measurement.passes]
+    """Without a hint at every hook point, with one at the first: scripts/parity has them all."""
+    case = row(name)
+    measured = measure_row(case, hinted=lambda site: site == case.sites[0])
+    wrong = [measurement for measurement in measured if not measurement.passes]
     assert not wrong, "\n".join(["above the tolerance:", *map(str, wrong)])

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from flex_model import FlexModel, HookFunction
 from flex_model.cli import app
+from flex_model.loading.transformers_model import from_directory
 from flex_model.report.plan import cost_of, imagined, plan
 from flex_model.testing.ranks import run_ranks
-from flex_model.testing.transformers_model import from_directory
 from frameworks.transformers_llama import _filled
 from traffic import Counting
 

@@ -24,7 +24,7 @@ FLOORS = (
     {"layouts"},
     {"distributed"},
     {"core"},
-    {"report"},
+    {"report", "loading"},
     {"capture", "importance", "sparsity", "interventions", "testing"},
     {"compress", "pruning"},
     {"cli"},

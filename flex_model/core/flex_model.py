@@ -462,9 +462,9 @@ class FlexModel(nn.Module):
         return self._session.save_ctx
 
     @property
-    def is_pipeline(self) -> bool:
-        """Whether the wrapped model is one of several stages."""
-        return self._session.pipeline is not None
+    def parallel_mesh(self) -> ParallelMesh:
+        """The job's ranks, as hooks use them."""
+        return self._session.mesh
 
     @property
     def wrapped_module_names(self) -> list[str]:
@@ -549,6 +549,13 @@ class FlexModel(nn.Module):
             whole_sizes(expected_shape, name) if expected_shape is not None else None,
         )
 
+    def beside(self) -> FlexModel:
+        """A second FlexModel around the same model and ranks, with hooks and records of its own.
+
+        Both models' hooks run in every forward; ``restore()`` takes off one's own.
+        """
+        return self._another(self.module, {})
+
     # -- leaving ---------------------------------------------------------------------------
 
     def restore(self) -> nn.Module:
@@ -585,10 +592,7 @@ class FlexModel(nn.Module):
                 module = copy.deepcopy(self.module, memo)
             finally:
                 self._register_again(hooks, groups, off)
-        other = type(self).__new__(type(self))
-        nn.Module.__init__(other)
-        records = copy.deepcopy(self.output_ptr, memo)
-        other._install(module, self._session.mesh, records, self._keep, **self._options)
+        other = self._another(module, copy.deepcopy(self.output_ptr, memo))
         for name, trainable in self.trainable_modules.items():
             other.trainable_modules[name] = copy.deepcopy(trainable, memo)
         copies = {hook: copy.copy(hook) for hook in hooks}
@@ -597,6 +601,12 @@ class FlexModel(nn.Module):
             {copies[hook]: names for hook, names in groups.items()},
             off,
         )
+        return other
+
+    def _another(self, module: nn.Module, output_ptr: dict[str, list[Tensor]]) -> FlexModel:
+        other = type(self).__new__(type(self))
+        nn.Module.__init__(other)
+        other._install(module, self._session.mesh, output_ptr, self._keep, **self._options)
         return other
 
     def _register_again(

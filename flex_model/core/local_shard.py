@@ -47,7 +47,7 @@ class LocalShard:
         return {_at(dim) % len(self.shape) for dim in self._layout.dims}
 
     @property
-    def mesh_dims(self) -> dict[str, int]:
+    def cut_dims(self) -> dict[str, int]:
         """The mesh dims that cut the tensor here, each with the tensor dim that it cuts."""
         return {dim.name: _at(dim) % len(self.shape) for dim in self._layout.dims}
 
@@ -64,6 +64,10 @@ class LocalShard:
     def cuts(self, dims: Collection[int]) -> bool:
         """Whether other ranks hold other slices of any of these dims."""
         return bool(self._over(dims))
+
+    def mesh_dims(self, dims: Collection[int]) -> set[str]:
+        """Over which mesh dims any of these are cut."""
+        return {dim.name for dim in self._over(dims)}
 
     def ranks(self, dims: Collection[int]) -> int:
         """Over how many ranks these dims are cut."""

@@ -19,6 +19,8 @@ from flex_model.importance.independent import IndependentChannelContributionHook
 from flex_model.importance.iterative import IterativeChannelContributionHook
 from flex_model.importance.l2_norm import L2NormHook, MegatronL2NormHook
 from flex_model.importance.layer_norm import LayerNormContributionHook
+from flex_model.importance.run.scoring import score
+from flex_model.importance.run.targets import KINDS, Target, hooks_for
 
 __all__ = [
     "AttentionHeadHook",
@@ -29,15 +31,19 @@ __all__ = [
     "IndependentChannelContributionHook",
     "IndependentKvHeadContributionHook",
     "IterativeChannelContributionHook",
+    "KINDS",
     "L2NormHook",
     "LayerNormContributionHook",
     "LayerSimilarityHook",
     "MegatronL2NormHook",
     "PaddingMask",
+    "Target",
     "dump_scores",
     "evaluate_importance_scores",
+    "hooks_for",
     "layer_scores",
     "load_scores",
     "load_states",
     "save_states",
+    "score",
 ]

@@ -31,6 +31,7 @@ from flex_model.layouts.sources import Side
 __all__ = ["ExpertHook", "FusedExpertsHook"]
 
 _KEY = "sum_of_norms"
+_LAST = 2  # of the three tensors that fused experts are given
 
 
 class _NormsHook(ForwardHook):
@@ -45,6 +46,10 @@ class _NormsHook(ForwardHook):
     @property
     def sums(self) -> Mapping[str, ShardedSum]:
         return {_KEY: self._norms}
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with, "experts": self.experts}
 
     def accumulate(self) -> Tensor:
         """``[experts]``, float32."""
@@ -81,6 +86,11 @@ class ExpertHook(_NormsHook):
         self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
     ) -> None:
         assert outputs is not None
+        if outputs.mask is not None:
+            raise ImportanceError(
+                f"{type(self).__name__} on {self.name or type(module).__name__}: of the tokens "
+                "routed to an expert nobody tells which are padding. Give batches without."
+            )
         norms = torch.linalg.vector_norm(outputs.values.float(), 2, -1)
         self._norms.add(self.noted(norms.sum().view(1)), outputs.shard, outputs.leading)
 
@@ -111,7 +121,7 @@ class FusedExpertsHook(_NormsHook):
             )
         self.experts = down.shape[0]
         self._module = experts
-        self._given: list[tuple[Tensor, LocalShard]] = []
+        self._given: dict[int, tuple[Tensor, LocalShard]] = {}
 
     def see(
         self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
@@ -131,24 +141,30 @@ class FusedExpertsHook(_NormsHook):
 
     def hook_functions(self, module_name: str) -> list[tuple[Kind, HookFunction]]:
         """One for each of the three tensors; the last one finds the others."""
-        self.name = module_name
+        self.take_name(module_name)
 
-        def see_one(
-            current_module: nn.Module, inputs: Tensor, save_ctx: Any, modules: Any, *,
-            shard: LocalShard,
-        ) -> None:  # fmt: skip
-            self._given.append((inputs, shard))
-            if len(self._given) == 3:
-                given, self._given = self._given, []
-                with torch.autocast(inputs.device.type, enabled=False):
+        def looking(index: int) -> Any:
+            def see_one(
+                current_module: nn.Module, inputs: Tensor, save_ctx: Any, modules: Any, *,
+                shard: LocalShard,
+            ) -> None:  # fmt: skip
+                self._given[index] = (inputs, shard)
+                if index == _LAST:
+                    given = [self._given[at] for at in range(_LAST + 1)]
                     hidden, chosen, weights = (tensor for tensor, _ in given)
-                    self._add(hidden, chosen, weights, given[0][1])
+                    self._given = {}
+                    with torch.autocast(inputs.device.type, enabled=False):
+                        self._add(hidden, chosen, weights, given[0][1])
 
-        look: Any = observes(see_one)
-        return [("forward_pre", HookFunction(module_name, None, look, at)) for at in range(3)]
+            return observes(see_one)
+
+        return [
+            ("forward_pre", HookFunction(module_name, None, looking(index), index))
+            for index in range(_LAST + 1)
+        ]
 
     def _check_given(self, given: list[Tensor]) -> None:
-        if len(given) != 3 or given[1].shape != given[2].shape:
+        if len(given) != _LAST + 1 or given[1].shape != given[2].shape:
             shapes = [tuple(tensor.shape) for tensor in given]
             raise ImportanceError(
                 f"{type(self).__name__}: the experts were given {shapes}, but (hidden_states, "
@@ -161,6 +177,7 @@ class FusedExpertsHook(_NormsHook):
             weight_of(self._module, "gate_up_proj"),
             weight_of(self._module, "down_proj"),
         )
+        keep = Activation(hidden, shard, self.mask, self.sequence_dim).keep.flatten()
         norms = hidden.new_zeros(self.experts, dtype=torch.float32)
         for expert in range(self.experts):
             token, place = (chosen == expert).nonzero(as_tuple=True)
@@ -169,7 +186,7 @@ class FusedExpertsHook(_NormsHook):
             if group is not None:
                 output = all_reduce_sum(output, group, in_place=True)
             sizes = torch.linalg.vector_norm(output, 2, -1)
-            norms[expert] = sizes @ weights[token, place].float().abs()
+            norms[expert] = sizes @ (weights[token, place].float().abs() * keep[token])
         self._norms.add(self.noted(norms), shard, tuple(range(hidden.ndim - 1)))
 
     def _group_of_parts(self) -> Communicator | None:

@@ -32,7 +32,15 @@ from flex_model.errors import ImportanceError
 if TYPE_CHECKING:
     from flex_model.importance.hook import ForwardHook
 
-__all__ = ["Format", "as_container", "dump_scores", "load_scores", "load_states", "save_states"]
+__all__ = [
+    "Format",
+    "as_container",
+    "check_folder",
+    "dump_scores",
+    "load_scores",
+    "load_states",
+    "save_states",
+]
 __all__ += ["read", "replaced", "results_of_norms", "write", "write_json"]
 
 Format = Literal["safetensors", "pth"]
@@ -102,6 +110,15 @@ def load_states(folder: str | Path) -> dict[str, dict[str, Any]]:
         ImportanceError: see `load_scores`.
     """
     return _read_all(Path(folder), _STATES)
+
+
+def check_folder(folder: str | Path) -> None:
+    """See early what `dump_scores` would refuse late. Collective.
+
+    Raises:
+        ImportanceError: a file of another run's rank lies there.
+    """
+    _check_folder(Path(folder), _SCORES, "safetensors")
 
 
 def as_container(args: Any) -> dict[str, Any]:
@@ -179,9 +196,8 @@ def _write_all(
 ) -> None:
     if file_format not in ("safetensors", "pth"):
         raise ImportanceError(f'file_format must be "safetensors" or "pth", got {file_format!r}.')
-    rank, ranks = _place()
-    due = {f"{prefix}{number}.{file_format}" for number in range(ranks)}
-    _agreed("stale files", lambda: _refuse_stale(folder, prefix, due))
+    rank, _ = _place()
+    _check_folder(folder, prefix, file_format)
     writers: dict[Path, Callable[[Path], None]] = {
         folder / f"{prefix}{rank}.{file_format}": lambda path: write(path, found)
     }
@@ -221,6 +237,12 @@ def _flush(path: Path) -> None:
     """A file that is renamed must not be empty after a power cut."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _check_folder(folder: Path, prefix: str, file_format: Format) -> None:
+    _, ranks = _place()
+    due = {f"{prefix}{number}.{file_format}" for number in range(ranks)}
+    _agreed("stale files", lambda: _refuse_stale(folder, prefix, due))
 
 
 def _refuse_stale(folder: Path, prefix: str, due: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -131,6 +131,11 @@ class IndependentKvHeadContributionHook(ForwardHook):
     def sums(self) -> Mapping[str, ShardedSum]:
         return {"agg_kv_head_contributions": self._norms}
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        own = {"heads": asdict(self.heads), "optimize_for": self.optimize_for}
+        return {**super().made_with, **own}
+
     def see(
         self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
     ) -> None:
@@ -226,6 +231,10 @@ class AttentionHeadHook(L2NormHook):
         super().__init__(sequence_dim, per_token=per_token)
         heads.check(linear_layer)
         self.heads = heads
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with, "heads": asdict(self.heads)}
 
     def accumulate(self) -> Tensor:
         """``[query heads]``, float32."""

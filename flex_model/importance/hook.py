@@ -55,7 +55,7 @@ class ForwardHook(ABC):
             raise ImportanceError(f"sequence_dim must be 0 or 1, got {sequence_dim!r}.")
         self.sequence_dim = sequence_dim
         self.mask: PaddingMask | None = None
-        self._last: Tensor | None = None
+        self._noted: Tensor | None = None
         self.name = ""
         self._input: Activation | None = None
 
@@ -109,6 +109,13 @@ class ForwardHook(ABC):
         """The running sums that make up the state, by name."""
         return {}
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What decides its scores beside the activations, in numbers and strings: two hooks that
+        differ in it must not go on from each other's state.
+        """
+        return {"sequence_dim": self.sequence_dim}
+
     # -- as a plain forward hook ---------------------------------------------------------------
 
     def __call__(self, module: nn.Module, args: Any, *rest: Any) -> None:
@@ -144,7 +151,7 @@ class ForwardHook(ABC):
 
     def hook_functions(self, module_name: str) -> list[tuple[Kind, HookFunction]]:
         """What FlexModel registers, kind by kind, to run this hook on a module."""
-        self.name = module_name
+        self.take_name(module_name)
         last: Side = "output" if "output" in self.watches else "input"
 
         def see_input(
@@ -175,6 +182,19 @@ class ForwardHook(ABC):
             hook = HookFunction(module_name, editing_function=observes(_exactly(function)))
             found.append((kind, hook))
         return found
+
+    def take_name(self, module_name: str) -> None:
+        """Belong to a module: what two of them do must not be added up.
+
+        Raises:
+            ImportanceError: the hook belongs to another one.
+        """
+        if self.name not in ("", module_name):
+            raise ImportanceError(
+                f"{type(self).__name__} is registered on {self.name} and cannot score "
+                f"{module_name} besides. Give every module a hook of its own."
+            )
+        self.name = module_name
 
     # -- on disk -------------------------------------------------------------------------------
 
@@ -214,15 +234,21 @@ class ForwardHook(ABC):
 
     def noted(self, term: Tensor) -> Tensor:
         """One call's statistics, kept for `healthy`."""
-        self._last = term
+        same = self._noted is not None and self._noted.shape == term.shape
+        # What is no number stays none in a sum.
+        self._noted = self._noted + term if same else term  # type: ignore[operator]
         return term
 
     @property
     def healthy(self) -> Tensor | None:
-        """Whether the last call's statistics were finite; a tensor, so that asking waits for no
-        device. None before the first call.
+        """Whether the statistics of all calls since `forget_health` were finite; a tensor, so that
+        asking waits for no device. None before the first call.
         """
-        return torch.isfinite(self._last).all() if self._last is not None else None
+        return torch.isfinite(self._noted).all() if self._noted is not None else None
+
+    def forget_health(self) -> None:
+        """Let `healthy` tell of the calls that come."""
+        self._noted = None
 
 
 def _exactly(function: Any) -> Any:

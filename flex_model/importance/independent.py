@@ -48,6 +48,10 @@ class IndependentChannelContributionHook(ForwardHook):
     def sums(self) -> Mapping[str, ShardedSum]:
         return {"agg_channel_activations": self._means, "weight_norm": self._norms}
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with, "channels": self.channels}
+
     def see(
         self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
     ) -> None:

@@ -102,6 +102,10 @@ class IterativeChannelContributionHook(ForwardHook):
     def counters(self, found: Mapping[str, Any]) -> None:
         self.call, self.pruned = found["curr_iter"], list(found["pruned_channels"])
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with, **self._schedule()}
+
     # -- one call ------------------------------------------------------------------------------
 
     def see(
@@ -189,12 +193,12 @@ class IterativeChannelContributionHook(ForwardHook):
         return {
             **self.counters,
             "agg_cont_per_channel": torch.zeros(self.channels) if total is None else total,
-            **self._made_with(),
+            **self._schedule(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See `state_dict`; refuses one of another layer or schedule."""
-        hook, due = type(self).__name__, self._made_with()
+        hook, due = type(self).__name__, self._schedule()
         keys_of(state_dict, [*self.counters, *self.sums, *due], hook)
         for name, value in due.items():
             if state_dict[name] != value:
@@ -213,7 +217,7 @@ class IterativeChannelContributionHook(ForwardHook):
         total[pruned] = 0.0
         self._contributions.restore(total if total.any() else None)
 
-    def _made_with(self) -> dict[str, Any]:
+    def _schedule(self) -> dict[str, Any]:
         return {
             "num_channels": self.channels,
             "pruning_iters": self.calls,

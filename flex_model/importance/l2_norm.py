@@ -59,6 +59,11 @@ class L2NormHook(ForwardHook):
     def sums(self) -> Mapping[str, ShardedSum]:
         return {"activations": self._squares}
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        own = {"per_token": self.per_token, "side": self.watches[0]}
+        return {**super().made_with, **own}
+
     def see(
         self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
     ) -> None:

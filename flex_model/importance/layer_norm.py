@@ -57,6 +57,10 @@ class LayerNormContributionHook(ForwardHook):
     def sums(self) -> Mapping[str, ShardedSum]:
         return {"agg_embedding_activations": self._means}
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with, "channels": self.channels}
+
     def see(
         self, module: nn.Module, inputs: Activation | None, outputs: Activation | None, raw: object
     ) -> None:

@@ -47,7 +47,7 @@ class ShardedSum:
             over: the activation's dims that the term is a sum over.
 
         Raises:
-            ImportanceError: another number of channels than before.
+            ImportanceError: another number of channels than before, or cut over other ranks.
         """
         if self._restored is not None:
             self._own = self._part_of(self._restored, term, shard, over)
@@ -59,8 +59,21 @@ class ShardedSum:
                 f"A layer of {self._own.numel()} channels on this rank was called with "
                 f"{term.numel()}. Give every layer an importance hook of its own."
             )
-        self._own = self._own + term
+        self._check_cuts(shard, over)
+        self._own = self._own.to(term.device) + term
         self._shard, self._over = shard, tuple(over)
+
+    def _check_cuts(self, shard: LocalShard, over: Collection[int]) -> None:
+        """What was added up over some ranks' tokens cannot go on over others'."""
+        if self._shard is None:
+            return
+        before, now = self._shard.mesh_dims(self._over), shard.mesh_dims(over)
+        if before != now:
+            raise ImportanceError(
+                f"A layer's tokens were cut over the mesh dims {sorted(before)} before, and over "
+                f"{sorted(now)} in this call {tuple(shard.shape)}. Give every rank a batch of its "
+                "own in each call."
+            )
 
     def whole(self) -> Tensor | None:
         """The whole sum, ``[channels]``, on every rank. Collective. None if there is none."""

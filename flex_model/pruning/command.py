@@ -16,6 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from flex_model.errors import FlexModelError, PruningError
+from flex_model.loading.token_files import read_tokens
+from flex_model.loading.transformers_model import tokenizer_of
 from flex_model.pruning.dimensions import DIMENSIONS
 from flex_model.pruning.evaluate import compare
 from flex_model.pruning.prune import prune
@@ -61,7 +63,13 @@ def prune_command(
     ] = 1,
     tokens: Annotated[
         Path | None,
-        typer.Option(help='Measure perplexity on "tokens" of this file, sequences x length.'),
+        typer.Option(
+            help="Measure perplexity on this text, .npy or .safetensors of token ids (a stream, or "
+            "sequences x length)."
+        ),
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a sequence, of a text or a stream.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random pruning that is compared with.")] = 0,
     dry_run: Annotated[bool, typer.Option(help="Show what would be cut, change nothing.")] = False,
@@ -89,7 +97,11 @@ def prune_command(
         )
         _add_budget(targets, over or (), parameters, multiple_of)
         with _joined() as ranks:
-            _run(_Job(model, scores, targets, tokens, seed, None if dry_run else to), rank, ranks)
+            _run(
+                _Job(model, scores, targets, tokens, sequence, seed, None if dry_run else to),
+                rank,
+                ranks,
+            )
     except FlexModelError as error:
         if rank > 0:  # the first rank tells it
             raise typer.Exit(2) from None
@@ -104,6 +116,7 @@ class _Job:
     scores: Path
     targets: Targets
     tokens: Path | None
+    sequence: int | None
     seed: int
     to: Path | None
 
@@ -146,7 +159,7 @@ def _run(job: _Job, rank: int, ranks: int) -> None:
     console = Console(quiet=rank > 0)
     if job.to is not None and job.to.exists():
         raise PruningError(f"{job.to} exists already. Give the name of a new directory.")
-    scores, batches = read_scores(job.scores), _batches(job.tokens)
+    scores, batches = read_scores(job.scores), _batches(job)
     model = from_folder(job.model, ranks)
     plan = prune(model, scores, **job.targets, dry_run=True)
     console.print(plan_table(plan))
@@ -161,14 +174,16 @@ def _run(job: _Job, rank: int, ranks: int) -> None:
         console.print(f"saved in {job.to}")
 
 
-def _batches(file: Path | None) -> list[Tensor]:
+def _batches(job: _Job) -> list[Tensor]:
     """Sequences of token ids, a few at a time."""
-    if file is None:
+    if job.tokens is None:
         return []
-    tokens = read_scores(file).get("tokens")
-    if tokens is None:
-        raise PruningError(f'{file} has no tensor "tokens".')
-    return list(tokens.long().split(_SEQUENCES))
+
+    def encode(text: str) -> Sequence[int]:
+        ids: list[int] = tokenizer_of(str(job.model))(text)["input_ids"]
+        return ids
+
+    return list(read_tokens([job.tokens], job.sequence, encode).ids.split(_SEQUENCES))
 
 
 def _copy_tokenizer(source: Path, to: Path) -> None:

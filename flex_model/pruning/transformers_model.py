@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from flex_model.errors import PruningError
+from flex_model.loading.transformers_model import from_directory
 
 __all__ = ["from_folder"]
 
@@ -18,18 +18,7 @@ def from_folder(folder: Path, ranks: int) -> nn.Module:
     Raises:
         PruningError: there is no model that can be loaded.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    spread: dict[str, Any] = {}
-    if ranks > 1:
-        spread["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=ranks)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, **spread
-        )
+        return from_directory(folder, ranks, dtype="auto", caching=True).eval()
     except (OSError, ValueError) as error:
         raise PruningError(f"{folder} holds no model that can be loaded: {error}") from error
-    return model.eval()

@@ -42,7 +42,7 @@ class Place:
     @classmethod
     def of(cls, shard: LocalShard) -> Place:
         """Of an activation as it lies on this rank."""
-        dims = {dim for name, dim in shard.mesh_dims.items() if name != _REPLICAS}
+        dims = {dim for name, dim in shard.cut_dims.items() if name != _REPLICAS}
         return cls(shard, frozenset(dims))
 
     def kept(self, function: Callable[..., Tensor], but: Collection[int] = ()) -> Place:
@@ -82,7 +82,7 @@ def over_replicas(
     Raises:
         SparsityError: theirs have different shapes, and the reduction makes no sense of that.
     """
-    if _REPLICAS not in place.shard.mesh_dims:
+    if _REPLICAS not in place.shard.cut_dims:
         return aggregate, place
     group, join = place.shard.along(_REPLICAS), functions.combine or torch.add
     device = aggregate.data.device
@@ -157,7 +157,7 @@ def _described(aggregate: Aggregate) -> list[int]:
 
 
 def _inner(shard: LocalShard) -> list[str]:
-    return [name for name in shard.mesh_dims if name != _REPLICAS]
+    return [name for name in shard.cut_dims if name != _REPLICAS]
 
 
 def _independent(function: Callable[..., Tensor], ndim: int) -> set[int]:

@@ -317,7 +317,7 @@ class ActivationSparsifier:
         if self._flex is not None:
             raise SparsityError("This sparsifier looks after a model already. Make another one.")
         flex = model if isinstance(model, FlexModel) else FlexModel(model, {})
-        if flex.is_pipeline:
+        if flex.parallel_mesh.size("pp") > 1:
             raise SparsityError(
                 "A model that runs as a pipeline cannot be sparsified: its stages hold different "
                 "layers, and masks are to be equal on all ranks."

@@ -21,7 +21,10 @@ __all__ = ["measure_bare", "measure_row", "measure_site"]
 
 
 def measure_row(
-    case: Case, on_site: Callable[[Site], None] = lambda site: None, timeout: float = 120.0
+    case: Case,
+    on_site: Callable[[Site], None] = lambda site: None,
+    timeout: float = 120.0,
+    hinted: Callable[[Site], bool] = lambda site: True,
 ) -> list[Measurement]:
     """A row of the grid: every hook point of the case.
 
@@ -29,11 +32,12 @@ def measure_row(
         case: the row.
         on_site: called as each hook point is done, to show progress.
         timeout: seconds that one hook point may take.
+        hinted: whether a hook point is measured with a hint too.
     """
     measured = []
     for site in case.sites:
         try:
-            measured += measure_site(case, site, timeout)
+            measured += measure_site(case, site, timeout, hinted=hinted(site))
         except RankFailure as failure:  # not one number came back, so none passes
             notes = [str(failure), *["as the first"] * (len(COLUMNS) - 1)]
             measured += [_lost(*item, site) for item in zip(COLUMNS, notes, strict=True)]
@@ -41,15 +45,19 @@ def measure_row(
     return measured
 
 
-def measure_site(case: Case, site: Site, timeout: float = 120.0) -> list[Measurement]:
-    """Every column at one hook point, with a hint and without: of each number, the worst rank's.
+def measure_site(
+    case: Case, site: Site, timeout: float = 120.0, *, hinted: bool = True
+) -> list[Measurement]:
+    """Every column at one hook point, without a hint and with one: of each number, the worst
+    rank's.
 
     Raises:
         RankFailure: a rank raised what is no `flex_model.errors.FlexModelError`, or hung.
     """
     truth = run_ranks(on_one_process, 1, case, site, timeout=timeout)[0]
     worst: dict[tuple[object, ...], Measurement] = {}
-    for measured in run_ranks(on_a_rank, case.world_size, case, site, truth, timeout=timeout):
+    work = (on_a_rank, case.world_size, case, site, truth, hinted)
+    for measured in run_ranks(*work, timeout=timeout):
         for m in measured:
             key = (m.column, m.hint, m.quantity)
             worst[key] = max(worst.get(key, m), m, key=lambda measurement: measurement.error)

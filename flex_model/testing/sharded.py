@@ -19,13 +19,17 @@ from flex_model.testing.step import Outcome, differences, take_step
 __all__ = ["bare_on_a_rank", "measured", "on_a_rank"]
 
 
-def on_a_rank(case: Case, site: Site, truth: Mapping[str, Outcome]) -> list[Measurement]:
-    """Every kind of work at a hook point, with a hint and without. A body for the case's ranks."""
+def on_a_rank(
+    case: Case, site: Site, truth: Mapping[str, Outcome], hinted: bool = True
+) -> list[Measurement]:
+    """Every kind of work at a hook point, without a hint and with one. A body for the case's
+    ranks.
+    """
     found = []
     with _Builder(case) as builder:
-        for run, hinted in product(RUNS, (False, True)):
+        for run, hint in product(RUNS, (False, True) if hinted else (False,)):
             if run.fits(site):
-                found += measured(case, builder.model(), site, run, hinted, truth[run.column])
+                found += measured(case, builder.model(), site, run, hint, truth[run.column])
     return found
 
 

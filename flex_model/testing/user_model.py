@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from flex_model.errors import ConfigurationError
 from flex_model.layouts.names import module_at, named_modules
+from flex_model.loading.transformers_model import from_directory
 from flex_model.testing.case import Case, Data, Model
 from flex_model.testing.survey import Survey, survey
-from flex_model.testing.transformers_model import from_directory
 
 __all__ = ["UserCase", "load", "survey_of", "user_case"]
 

@@ -27,7 +27,7 @@ class _Files(NamedTuple):
 @pytest.fixture
 def files(tmp_path: Path) -> _Files:
     model = build("llama")
-    found = _Files(*(str(tmp_path / name) for name in ("model", "scores", "tokens")))
+    found = _Files(*(str(tmp_path / name) for name in ("model", "scores", "tokens.safetensors")))
     model.save_pretrained(found.model)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     save_file(random_scores(model), found.scores)
@@ -128,7 +128,7 @@ def test_two_ranks_save_what_one_process_does(files: _Files, tmp_path: Path) -> 
         (["--parameters", "18000", "--over", "width", "--dry-run"], "--over takes"),
         (["--parameters", "9", "--over", "ffn", "--ffn-size", "3", "--dry-run"], "exclude"),
         (["--ffn-ratio", "0.5", "--save", "."], "exists already"),
-        (["--ffn-ratio", "0.5", "--tokens", "nowhere", "--dry-run"], "no safetensors file"),
+        (["--ffn-ratio", "0.5", "--tokens", "nowhere", "--dry-run"], "nowhere cannot be read"),
     ],
 )
 def test_mistakes_are_told_on_a_line(files: _Files, arguments: list[str], message: str) -> None:

@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
+from flex_model import FlexModel, LocalShard
+from flex_model.distributed.mesh import ParallelMesh
 from flex_model.errors import ImportanceError, NothingCollectedError
 from flex_model.importance import (
     AttentionHeadHook,
@@ -29,6 +32,8 @@ from flex_model.importance import (
     load_states,
     save_states,
 )
+from flex_model.importance.sharded_sum import ShardedSum
+from flex_model.layouts.layout import ActivationLayout, DimLayout
 from flex_model.testing.ranks import run_ranks
 
 ITERATIONS = {"validation_full_iters": 3}
@@ -258,6 +263,26 @@ def test_keywords_only() -> None:
     layer.register_forward_hook(hook, with_kwargs=True)
     layer(input=_x(3, 2, 6))
     torch.testing.assert_close(hook.accumulate(), _x(3, 2, 6).abs().mean(0).square().sum(0).sqrt())
+
+
+def test_one_hook_on_two_modules() -> None:
+    """Their sums would be one."""
+    hook = L2NormHook()
+    model = FlexModel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), {})
+    model.register_importance_hook("0", hook)
+    with pytest.raises(ImportanceError, match="registered on 0 and cannot score 1"):
+        model.register_importance_hook("1", hook)
+    model.restore()
+    model.register_importance_hook("0", hook)
+
+
+def test_tokens_that_are_cut_in_another_way() -> None:
+    """What a sum is over must stay: else some ranks' terms would be added that are none."""
+    total, cut = ShardedSum(), DimLayout("dp", 2, Shard(0), Shard(0))
+    own = LocalShard((3, 4), ActivationLayout((cut,)), ParallelMesh())
+    total.add(torch.ones(4), LocalShard((3, 4), ActivationLayout(), ParallelMesh()), (0,))
+    with pytest.raises(ImportanceError, match="cut over the mesh dims"):
+        total.add(torch.ones(4), own, (0,))
 
 
 def test_another_width_on_one_hook() -> None:

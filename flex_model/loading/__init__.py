@@ -1,0 +1,1 @@
+"""Models from disk, as commands load them: whole, or each rank's part."""
