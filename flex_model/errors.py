@@ -8,6 +8,7 @@ also derives from the built-in error a caller would expect (``ValueError`` for a
 from __future__ import annotations
 
 __all__ = [
+    "CompressionError",
     "ConfigurationError",
     "CopyError",
     "EditError",
@@ -61,6 +62,12 @@ class HintError(FlexModelError, ValueError):
 
 class EditError(FlexModelError, TypeError):
     """An editing function returned something that cannot take the activation's place."""
+
+
+class CompressionError(FlexModelError, ValueError):
+    """A model cannot be transformed as asked, or a recipe's steps come in another order than they
+    can run.
+    """
 
 
 class PruningError(FlexModelError, ValueError):
