@@ -57,6 +57,7 @@ class Rotations:
         """
         if getattr(self.model.root, _MARK, None) is not self:
             raise CompressionError("These rotations have been undone already.")
+        _reshard(self.model.root)
         with torch.no_grad():
             self._undo.close()
 
@@ -143,7 +144,7 @@ def rotate(
 ) -> Rotations:
     """Rotate a model in place, whole or sharded. Its outputs stay to within rounding.
 
-    Head tied to the embedding are untied, norms fused into what reads them, LayerNorms made
+    A head tied to the embedding is untied, norms fused into what reads them, LayerNorms made
     RMSNorms of a centred stream; then weights are rotated, each by itself, and hooks added for what
     is rotated online. Nothing is written before all has been checked.
 
