@@ -47,7 +47,7 @@ def _part(tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", WHOLE, ids=lambda case: case["id"])
 @torch.no_grad()
 def test_weights_and_logits(case: dict[str, Any]) -> None:
-    """Catches a rotation of the other side, the other dim or another matrix, and norms that stay."""
+    """Catches a rotation of the other side, of the other dim, by another matrix, and norms left."""
     tensors = load_file(GOLDEN / case["file"])
     model = _model(case["model"], _part(tensors, "before."))
     ids = tensors["input_ids"]

@@ -150,9 +150,10 @@ def _megatron(tp: int, kv_heads: int) -> Any:
 
     @contextmanager
     def make() -> Iterator[Any]:
-        with patch.object(megatron_gpt, "VOCABULARY", 36):  # which four ranks share out
-            with megatron_gpt.build(megatron_gpt.Setting(kv_heads, tp=tp)) as made:
-                yield made
+        setting = megatron_gpt.Setting(kv_heads, tp=tp)
+        # 36 is what four ranks can share out.
+        with patch.object(megatron_gpt, "VOCABULARY", 36), megatron_gpt.build(setting) as made:
+            yield made
 
     return make()
 

@@ -60,7 +60,7 @@ class Choice:
             unknown = sorted({str(one) for one in given} - set(known))
             if unknown:
                 raise CompressionError(
-                    f"{name}: {', '.join(unknown)} is none of {', '.join(known) or 'what is asked'}."
+                    f"{name}: {', '.join(unknown)} is none of {', '.join(known) or 'those asked'}."
                 )
         if len(set(self.rotations)) < len(self.rotations):
             raise CompressionError(f"rotations names one twice: {', '.join(self.rotations)}.")
@@ -86,8 +86,8 @@ class Choice:
             )
         if kind in self.matrices:
             return Dense.checked(self.matrices[kind], size, kind)
-        named = f"{kind} {place}" if self.randomize else kind
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(named.encode()))
+        named = f"{self.seed} {kind} {place if self.randomize else ''}"
+        generator = torch.Generator().manual_seed(zlib.crc32(named.encode()))  # takes 32 bits
         if self.transform_type == "random-matrix":
             return Dense(random_orthogonal_matrix(size, generator))
         core_size(size)  # raises where there is none

@@ -72,10 +72,7 @@ def fast_hadamard(x: Tensor, transpose: bool = False) -> Tensor:
     while left > 1:
         radix = min(_RADIX, left)
         factor = _signs(radix, 1, x.dtype, x.device)
-        if inner == 1:
-            y = y.reshape(-1, radix) @ factor
-        else:
-            y = factor @ y.reshape(-1, radix, inner)
+        y = y.reshape(-1, radix) @ factor if inner == 1 else factor @ y.reshape(-1, radix, inner)
         left, inner = left // radix, inner * radix
     return y.reshape(x.shape) / math.sqrt(size)
 
@@ -103,9 +100,7 @@ def core_size(size: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _signs(
-    power: int, core: int, dtype: torch.dtype, device: torch.device | None = None
-) -> Tensor:
+def _signs(power: int, core: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Ones and minus ones, ``[power * core] * 2``; kept, for every forward asks for the same."""
     matrix = torch.ones(1, 1, dtype=torch.float64) if core == 1 else _paley(core)
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)

@@ -202,9 +202,7 @@ def _matched(model: nn.Module, known: _Architecture) -> list[str]:
     return [f"{pattern} ({count})" for pattern, count in counts.items() if count]
 
 
-def find(
-    model: nn.Module, mapping: SpinQuantMapping, norms: Sequence[NormMapping]
-) -> Found:
+def find(model: nn.Module, mapping: SpinQuantMapping, norms: Sequence[NormMapping]) -> Found:
     """The modules that mappings name.
 
     Raises:

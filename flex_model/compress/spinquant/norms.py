@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def norm_kind(norm: nn.Module, name: str) -> NormKind:
 
 
 @torch.no_grad()
-def fuse_norm_linears(norm: nn.Module, linears: Sequence[nn.Module]) -> None:
+def fuse_norm_linears(norm: Any, linears: Sequence[Any]) -> None:
     """``W <- W diag(gamma)``, then ``gamma <- 1`` (Gemma's, which adds 1: 0), on whole weights.
 
     Of a LayerNorm also ``b <- b + W beta``, then ``beta <- 0``. In float64, rounded once.
@@ -83,7 +83,7 @@ def fuse_norm_linears(norm: nn.Module, linears: Sequence[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def center_embeddings(embedding: nn.Module) -> None:
+def center_embeddings(embedding: Any) -> None:
     """Each row ``[hidden]`` minus its mean, in float64, rounded once.
 
     Exact before a LayerNorm only: an RMSNorm keeps the mean, so logits change.
@@ -93,13 +93,13 @@ def center_embeddings(embedding: nn.Module) -> None:
     weight.copy_(values - values.mean(-1, keepdim=True))
 
 
-def as_rms_norm(norm: nn.Module) -> nn.RMSNorm:
+def as_rms_norm(norm: Any) -> nn.RMSNorm:
     """What a LayerNorm without factors computes of centred values (QuaRot, sec. 4).
 
     ``(x - mean) / sqrt(var + eps)`` is ``x / sqrt(mean(x^2) + eps)`` where the mean is 0.
     """
     weight: Tensor = norm.weight
-    shape = tuple(norm.normalized_shape)  # type: ignore[arg-type]
+    shape = tuple(norm.normalized_shape)
     fused = nn.RMSNorm(shape, eps=float(norm.eps), device=weight.device, dtype=weight.dtype)
     fused.weight.__dict__.update(weight.__dict__)  # such as Megatron's mark of sequence parallelism
     return fused.train(norm.training)

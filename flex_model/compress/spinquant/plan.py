@@ -99,7 +99,7 @@ class Model:
         return self.found.mapping.attn_head_dim
 
     def values(self, name: str) -> Tensor | None:
-        """Where values lie in a fused projection: ``[heads, head_dim]``; None if it is all values."""
+        """Where values lie in a fused projection: ``[heads, head_dim]``; None if all are values."""
         if name in self.found["attn_v"]:
             return None
         return features_of(self.root, name, "output").select("v", None).view(-1, self.head_dim)
@@ -194,7 +194,7 @@ def fusing_steps(model: Model, choice: Choice) -> Steps:
 
 
 def turning_steps(model: Model, turns: Turns) -> Steps:
-    """Rotating weights: R1 on all that touch the stream, R2 between values and output, R4's half."""
+    """Rotating weights: R1 on the stream's, R2 between values and output, R4's fused half."""
     steps: Steps = {}
     if turns.r1 is not None:
         for name in (*model.found["embedding"], *model.found["positions"], *model.readers):

@@ -68,7 +68,7 @@ class Rotations:
             weight, precision = self.model.weight(module, leaf), self.choice.precision
             self._undo.callback(weight.change, weight.change(own, precision), precision)
 
-    def run(self, steps: Sequence[Mapping[str, Sequence[Step]]]) -> None:
+    def run(self, steps: Mapping[str, Sequence[Step]]) -> None:
         """Everything, or nothing where something fails."""
         vars(self.model.root)[_MARK] = self
         self._undo.callback(vars(self.model.root).pop, _MARK)
@@ -76,8 +76,7 @@ class Rotations:
             with torch.no_grad():
                 self._untie()
                 self._shift_biases()
-                for each in steps:
-                    self.write(each)
+                self.write(steps)
                 self._clear_norms()
             for name, rotation in self.turns.r3.items():
                 rotate_heads(self.model.modules[name], rotation, self._undo)
@@ -104,9 +103,9 @@ class Rotations:
     def _shift_biases(self) -> None:
         """``b <- b + W beta`` of each LayerNorm's bias, before W changes."""
         for norm, readers in self.model.found.norms.items():
-            beta = getattr(self.model.modules[norm], "bias", None)
+            beta: Any = getattr(self.model.modules[norm], "bias", None)
             for name in readers if beta is not None else ():
-                module = self.model.modules[name]
+                module: Any = self.model.modules[name]
                 amount = local_of(module.weight).double() @ local_of(beta).double()
                 if self.model.has_bias(name):
                     self.write({f"{name}.bias": [Shift(amount)]})
@@ -116,7 +115,7 @@ class Rotations:
 
     def _clear_norms(self) -> None:
         for name, kind in self.model.norms.items():
-            norm = self.model.modules[name]
+            norm: Any = self.model.modules[name]
             if kind.kind == "layer":
                 owner, _, own = name.rpartition(".")
                 parent = self.model.modules[owner]
@@ -180,7 +179,10 @@ def rotate(
         check_heads(known.modules[name], name)
     _check_head_bias(known)
     found = Rotations(known, turns, choice)
-    found.run([fusing_steps(known, choice), turning_steps(known, turns)])
+    steps = fusing_steps(known, choice)
+    for name, own in turning_steps(known, turns).items():
+        steps.setdefault(name, []).extend(own)
+    found.run(steps)
     return found
 
 

@@ -63,17 +63,13 @@ class Cut:
         held = torch.arange(length)
         for split in splits:
             rank, ranks = split.group.group.rank(), split.group.size
-            held = slice_along(
-                held, 0, rank, ranks, blocks=split.blocks, shard_sizes=split.sizes
-            )
+            held = slice_along(held, 0, rank, ranks, blocks=split.blocks, shard_sizes=split.sizes)
         return cls(tuple(splits), length, held)
 
     def gathered(self, x: Tensor, dim: int) -> Tensor:
         """The whole dim. Collective."""
         for split in reversed(self.splits):
-            x = all_gather_along(
-                x, dim, split.group, blocks=split.blocks, shard_sizes=split.sizes
-            )
+            x = all_gather_along(x, dim, split.group, blocks=split.blocks, shard_sizes=split.sizes)
         return x
 
     def part(self, whole: Tensor, dim: int) -> Tensor:
@@ -217,7 +213,7 @@ class _Across(torch.autograd.Function):
         return cut.part(whole, dim)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dim, rotation, cut, positions = ctx.how  # type: ignore[attr-defined]
         return turn(gradient, dim, rotation.inverse, cut, positions), None, None, None, None
 
