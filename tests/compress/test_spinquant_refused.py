@@ -99,6 +99,8 @@ def test_mappings(changed: dict[str, Any], message: str) -> None:
         ([NormMapping("model.norm", ("lm_head", "lm_head"))], "lm_head stands twice"),
         ([*NORMS, NormMapping("model.norm", ("lm_head",))], "model.norm stands twice"),
         ([NormMapping("re:.*input_layernorm$", ("re:.*_proj$",))], "has 1 readers"),
+        (NORMS[:2], "R1 needs the norm before each reader fused, .* none of lm_head"),
+        ([], "none of model.layers.0.self_attn.q_proj, .* \\.\\.\\."),
         ([NormMapping("re:.*act_fn$", ("re:.*up_proj$",))], "known norms are"),
     ],
 )

@@ -1,5 +1,6 @@
 """On one process: outputs stay under every subset, and `undo` brings the weights back."""
 
+import copy
 from itertools import product
 from typing import Any
 
@@ -174,6 +175,15 @@ def test_a_norm_with_zeros_comes_back() -> None:
     rotated.undo()
     for name, value in model.state_dict().items():
         assert torch.allclose(value, before[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_a_copy_computes_the_same() -> None:
+    """Catches hooks that a copied model shares with, or leaves at, the one it was copied from."""
+    model = build()
+    rotated = rotate(model, rotations=ALL)
+    due, other = logits(model), copy.deepcopy(model)
+    rotated.undo()
+    assert torch.equal(logits(other), due)
 
 
 def test_training_goes_on() -> None:

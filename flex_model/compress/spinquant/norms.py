@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ class NormKind:
     offset: float = 0.0
 
 
+_ADDS_ONE = "zero_centered_gamma"  # Transformer Engine's word for Gemma's way
 _BY_CLASS = {
     "RMSNorm": NormKind("rms"),
     "LlamaRMSNorm": NormKind("rms"),
@@ -47,7 +48,8 @@ def norm_kind(norm: nn.Module, name: str) -> NormKind:
     """
     for base in type(norm).__mro__:
         if base.__name__ in _BY_CLASS:
-            return _BY_CLASS[base.__name__]
+            found = _BY_CLASS[base.__name__]
+            return replace(found, offset=1.0) if getattr(norm, _ADDS_ONE, False) else found
     raise CompressionError(
         f"{name} is a {type(norm).__name__}; known norms are {', '.join(sorted(_BY_CLASS))}."
     )

@@ -10,6 +10,7 @@ import copy
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,13 +35,19 @@ def rotate_input(module: nn.Module, rotation: Rotation, cut: Cut | None, undo: E
         cut: how the ranks hold the module's input features where its input is cut likewise.
         undo: takes the hook off.
     """
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        here = cut if cut is not None and x.shape[-1] != cut.length else None
-        return turn(x, -1, rotation, here), *args[1:]
-
+    hook = _Input(rotation, cut)
     undo.callback(module.register_forward_pre_hook(hook, prepend=True).remove)
+
+
+@dataclass(frozen=True)
+class _Input:
+    rotation: Rotation
+    cut: Cut | None
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        here = self.cut if self.cut is not None and x.shape[-1] != self.cut.length else None
+        return turn(x, -1, self.rotation, here), *args[1:]
 
 
 def check_heads(attention: nn.Module, name: str) -> None:
@@ -73,12 +80,7 @@ def rotate_heads(attention: nn.Module, rotation: Rotation, undo: ExitStack) -> N
     """
     core = getattr(attention, "core_attention", None)
     if core is not None:
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            query, key, *rest = args
-            return turn(query, -1, rotation), turn(key, -1, rotation), *rest
-
-        undo.callback(core.register_forward_pre_hook(hook, prepend=True).remove)
+        undo.callback(core.register_forward_pre_hook(_Heads(rotation), prepend=True).remove)
         return
     config: Any = attention.config
     rotated = copy.copy(config)  # of this module alone: masks are made by the model's
@@ -88,6 +90,15 @@ def rotate_heads(attention: nn.Module, rotation: Rotation, undo: ExitStack) -> N
     undo.callback(vars(attention).pop, "_flex_model_r3")
     attention.config = rotated
     vars(attention)["_flex_model_r3"] = (rotation, config)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    rotation: Rotation
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        query, key, *rest = args
+        return turn(query, -1, self.rotation), turn(key, -1, self.rotation), *rest
 
 
 def _register() -> None:

@@ -222,6 +222,8 @@ def chosen_turns(model: Model, choice: Choice) -> Turns:
     wanted, found = choice.rotations, model.found
     inner = {name: model.weight(name).shape[1] for name in found["mlp_out"]}
     heads = model.head_dim if {"R2", "R3"} & set(wanted) else 0
+    if "R1" in wanted:
+        _check_readers(model)
     if "R2" in wanted:
         for name in found["attn_o"]:
             if model.weight(name).shape[1] % heads:
@@ -232,6 +234,17 @@ def chosen_turns(model: Model, choice: Choice) -> Turns:
         {n: choice.rotation("R3", heads, n) for n in found["attn"] if "R3" in wanted},
         {n: choice.rotation("R4", inner[n], n) for n in found["mlp_out"] if "R4" in wanted},
     )
+
+
+def _check_readers(model: Model) -> None:
+    """A norm's own factors would come between R1 and a layer that turns it back."""
+    behind = {name for readers in model.found.norms.values() for name in readers}
+    left = [name for name in model.readers if name not in behind]
+    if left:
+        raise CompressionError(
+            f"R1 needs the norm before each reader fused, but norm_mappings name none of "
+            f"{', '.join(left[:3])}{' ...' if len(left) > 3 else ''}."
+        )
 
 
 def _add(steps: Steps, name: str, step: Step) -> None:

@@ -48,6 +48,7 @@ class Rotations:
         self.turns = turns
         self.choice = choice
         self._undo = ExitStack()
+        self._active = False
 
     def undo(self) -> None:
         """Hooks off, and the weights as they were to within rounding. Collective as `rotate` was.
@@ -55,9 +56,10 @@ class Rotations:
         Raises:
             CompressionError: it has been undone.
         """
-        if getattr(self.model.root, _MARK, None) is not self:
+        if not self._active:
             raise CompressionError("These rotations have been undone already.")
         _reshard(self.model.root)
+        self._active = False
         with torch.no_grad():
             self._undo.close()
 
@@ -70,7 +72,7 @@ class Rotations:
 
     def run(self, steps: Mapping[str, Sequence[Step]]) -> None:
         """Everything, or nothing where something fails."""
-        vars(self.model.root)[_MARK] = self
+        self._active = vars(self.model.root)[_MARK] = True
         self._undo.callback(vars(self.model.root).pop, _MARK)
         try:
             with torch.no_grad():
@@ -84,6 +86,7 @@ class Rotations:
                 cut = self.model.weight(name).cuts[1]
                 rotate_input(self.model.modules[name], rotation, cut, self._undo)
         except BaseException:
+            self._active = False
             self._undo.close()
             raise
 
@@ -167,7 +170,7 @@ def rotate(
         tuple(rotations), transform_type, randomize, seed, block_size, precision, center,
         dict(matrices or {}),
     )  # fmt: skip
-    if getattr(model, _MARK, None) is not None:
+    if getattr(model, _MARK, False):
         raise CompressionError("This model is rotated already: undo() that first.")
     _reshard(model)
     if mapping is None or norms is None:
