@@ -22,6 +22,7 @@ from flex_model.compress.spinquant import infer, random_orthogonal_matrix, rotat
 from flex_model.compress.spinquant.orthogonal import Dense, Hadamard
 from flex_model.compress.spinquant.sharded import Cut, Split, turn
 from flex_model.distributed.communicator import Communicator
+from flex_model.errors import FlexModelError
 from flex_model.testing.compare import relative_error
 from flex_model.testing.ranks import run_ranks
 from traffic import Counting
@@ -67,7 +68,9 @@ def _turned(model: Any, run: Callable[[Any], Tensor], how: dict[str, Any]) -> di
 
 
 def _by_name(counting: Counting) -> dict[str, int]:
-    return {name: n for (name, _), n in counting.seen.items()}
+    """Without the few integers by which ranks agree, 3 of each."""
+    few = 3 * 8 * (dist.get_world_size() - 1)
+    return {name: n for (name, size), n in counting.seen.items() if size != few}
 
 
 def _transformers(folder: Path, spread: Any, each: Sequence[dict[str, Any]]) -> Any:
@@ -131,6 +134,40 @@ def test_other_matrices(how: dict[str, Any], tmp_path: Path) -> None:
             assert not found["writing"]
         elif how["rotations"] == ("R4",):
             assert found["writing"] == {"_allgather_base_": 2}  # each layer's weight, once
+
+
+def _refused(folder: Path) -> Any:
+    model, rank = _sharded(folder), dist.get_rank()
+    down = model.model.layers[1].mlp.down_proj.weight
+    matrix = random_orthogonal_matrix(64, torch.Generator().manual_seed(rank))
+    before = _whole(model)
+    found = []
+    for how in (
+        {"seed": rank, "transform_type": "random-hadamard"},
+        {"matrices": {"R4": matrix}},
+        {"block_size": 24 if rank else None},
+        {},
+    ):
+        down.requires_grad_(bool(how) or rank == 0)  # at last one rank's alone is frozen
+        with pytest.raises(FlexModelError) as raised:
+            rotate(model, rotations=("R1", "R4"), **how)
+        found.append((type(raised.value).__name__, str(raised.value)))
+    assert all(torch.equal(value, before[name]) for name, value in _whole(model).items())
+    return found
+
+
+def test_all_ranks_refuse_alike(tmp_path: Path) -> None:
+    """Catches a rank that waits for one that has raised, and ranks with matrices of their own."""
+    build().save_pretrained(tmp_path)
+    first, second = run_ranks(_refused, 2, tmp_path)
+    for told in (first, second):
+        assert [kind for kind, _ in told] == ["RankDisagreementError"] * 2 + [
+            "CompressionError"
+        ] * 2
+    assert "Another rank refused" in first[2][1]
+    assert "does not divide" in second[2][1]
+    assert "Another rank refused" in first[3][1]
+    assert "is frozen" in second[3][1]
 
 
 def test_fully_sharded(tmp_path: Path) -> None:

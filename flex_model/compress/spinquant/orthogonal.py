@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -54,6 +54,7 @@ class Dense:
     """
 
     values: Tensor
+    _converted: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
 
     @classmethod
     def checked(cls, values: Tensor, size: int, name: str) -> Dense:
@@ -81,7 +82,12 @@ class Dense:
         return len(self.values)
 
     def apply(self, x: Tensor) -> Tensor:
-        return x @ self.values.to(x)
+        if self.values.requires_grad:
+            return x @ self.values.to(x)
+        key = (x.dtype, x.device)
+        if key not in self._converted:  # every forward asks for the same
+            self._converted[key] = self.values.to(x)
+        return x @ self._converted[key]
 
     @property
     def inverse(self) -> Dense:

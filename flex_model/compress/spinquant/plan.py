@@ -19,7 +19,7 @@ from flex_model.errors import CompressionError
 from flex_model.layouts.fused import features_of
 from flex_model.layouts.names import named_modules
 
-__all__ = ["Model", "Turns", "chosen_turns", "fusing_steps", "turning_steps"]
+__all__ = ["Model", "Turns", "check_centring", "chosen_turns", "fusing_steps", "turning_steps"]
 
 Steps = dict[str, list[Step]]
 
@@ -172,12 +172,20 @@ def _check_parameter(path: str, parameter: Tensor, owners: Sequence[str], tied: 
         )
 
 
+def check_centring(model: Model, choice: Choice) -> None:
+    """That LayerNorms are centred.
+
+    Raises:
+        CompressionError: they are not to be.
+    """
+    if model.layered and choice.center is False:
+        raise CompressionError("LayerNorms subtract the mean: they cannot be fused uncentred.")
+
+
 def fusing_steps(model: Model, choice: Choice) -> Steps:
     """Centring where it is exact or forced, then each norm's factors into its readers."""
     steps: Steps = {}
     center = model.layered if choice.center is None else choice.center
-    if model.layered and not center:
-        raise CompressionError("LayerNorms subtract the mean: they cannot be fused uncentred.")
     if center:
         for name in (*model.found["embedding"], *model.found["positions"]):
             _add(steps, f"{name}.weight", Centre(1))

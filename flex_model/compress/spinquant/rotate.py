@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from flex_model.compress.spinquant.agreement import agreed
 from flex_model.compress.spinquant.choice import Choice, Kind, TransformType
 from flex_model.compress.spinquant.mapping import NormMapping, SpinQuantMapping, find, infer
 from flex_model.compress.spinquant.norms import as_rms_norm
@@ -21,6 +22,7 @@ from flex_model.compress.spinquant.online import check_heads, rotate_heads, rota
 from flex_model.compress.spinquant.plan import (
     Model,
     Turns,
+    check_centring,
     chosen_turns,
     fusing_steps,
     turning_steps,
@@ -70,12 +72,15 @@ class Rotations:
             weight, precision = self.model.weight(module, leaf), self.choice.precision
             self._undo.callback(weight.change, weight.change(own, precision), precision)
 
-    def run(self, steps: Mapping[str, Sequence[Step]]) -> None:
+    def run(self) -> None:
         """Everything, or nothing where something fails."""
         self._active = vars(self.model.root)[_MARK] = True
         self._undo.callback(vars(self.model.root).pop, _MARK)
         try:
             with torch.no_grad():
+                steps = fusing_steps(self.model, self.choice)
+                for name, own in turning_steps(self.model, self.turns).items():
+                    steps.setdefault(name, []).extend(own)
                 self._untie()
                 self._shift_biases()
                 self.write(steps)
@@ -115,6 +120,7 @@ class Rotations:
                 else:
                     self._undo.callback(setattr, module, "bias", None)
                     module.bias = nn.Parameter(amount.to(module.weight.dtype))
+                    module.bias.__dict__.update(module.weight.__dict__)  # how Megatron cuts it
 
     def _clear_norms(self) -> None:
         for name, kind in self.model.norms.items():
@@ -166,13 +172,31 @@ def rotate(
     Raises:
         CompressionError: the model or what is asked does not fit; the model is as it was.
     """
-    choice = Choice(
-        tuple(rotations), transform_type, randomize, seed, block_size, precision, center,
-        dict(matrices or {}),
-    )  # fmt: skip
+
+    def prepared() -> Rotations:
+        choice = Choice(
+            tuple(rotations), transform_type, randomize, seed, block_size, precision, center,
+            dict(matrices or {}),
+        )  # fmt: skip
+        return _prepared(model, mapping, norms, choice)
+
+    _reshard(model)
+    fully = any(isinstance(module, FSDPModule) for module in model.modules())
+    # Only then do ranks wait for each other.
+    found = agreed(model, prepared, _spelled) if fully or "R4" in rotations else prepared()
+    found.run()
+    return found
+
+
+def _prepared(
+    model: nn.Module,
+    mapping: SpinQuantMapping | None,
+    norms: Sequence[NormMapping] | None,
+    choice: Choice,
+) -> Rotations:
+    """All that is to be done, checked; nothing is written, and nothing exchanged."""
     if getattr(model, _MARK, False):
         raise CompressionError("This model is rotated already: undo() that first.")
-    _reshard(model)
     if mapping is None or norms is None:
         inferred = infer(model)
         mapping, norms = mapping or inferred[0], inferred[1] if norms is None else norms
@@ -180,13 +204,18 @@ def rotate(
     turns = chosen_turns(known, choice)
     for name in turns.r3:
         check_heads(known.modules[name], name)
+    check_centring(known, choice)
     _check_head_bias(known)
-    found = Rotations(known, turns, choice)
-    steps = fusing_steps(known, choice)
-    for name, own in turning_steps(known, turns).items():
-        steps.setdefault(name, []).extend(own)
-    found.run(steps)
-    return found
+    return Rotations(known, turns, choice)
+
+
+def _spelled(rotations: Rotations) -> str:
+    """What ranks must have alike: their modules, choices and matrices."""
+    choice, turns = rotations.choice, rotations.turns
+    drawn = (choice.rotations, choice.transform_type, choice.randomize, choice.seed)
+    rest = (choice.block_size, choice.precision, choice.center, rotations.model.found)
+    own = {kind: matrix.double().tolist() for kind, matrix in choice.matrices.items()}
+    return f"{drawn} {rest} {own} {[*turns.r2, *turns.r3, *turns.r4]}"
 
 
 def _reshard(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from flex_model.compress.spinquant.hadamard import core_size
 from flex_model.compress.spinquant.orthogonal import Hadamard, Rotation
 from flex_model.distributed.collectives import all_gather_along, slice_along
 from flex_model.distributed.communicator import Communicator
-from flex_model.layouts.dtensor import shard_sizes
+from flex_model.errors import CompressionError
 from flex_model.layouts.layout import block_count, is_sharded, shard_dim
 from flex_model.layouts.resolve import groups_of, parameter_placement
 
@@ -100,36 +100,56 @@ def cuts_of(root: nn.Module, name: str, parameter: Tensor) -> tuple[Cut | None, 
         root: the model.
         name: the parameter's plain name.
         parameter: this rank's.
+
+    Raises:
+        CompressionError: what is here is not what its framework tells.
     """
-    splits: list[list[Split]] = [[] for _ in parameter.shape]
-    for placement, group, sizes in _placements(root, name, parameter):
-        split = Split(Communicator(group), block_count(placement), sizes)
-        splits[shard_dim(placement)].append(split)
     found: list[Cut | None] = []
-    for dim, own in enumerate(splits):
-        length = parameter.shape[dim]
+    placements = _placements(root, name, parameter)
+    for dim, length in enumerate(parameter.shape):
+        own = [(p, group) for p, group in placements if shard_dim(p) == dim]
         if not isinstance(parameter, DTensor):
-            length *= math.prod(split.group.size for split in own)
-        found.append(Cut.of(own, length) if own else None)
+            length *= math.prod(group.size() for _, group in own)
+        splits, left = [], length
+        for placement, group in own:
+            blocks = block_count(placement)
+            sizes = _sizes(left // blocks, group.size())
+            splits.append(Split(Communicator(group), blocks, sizes))
+            left = blocks * (sizes[group.rank()] if sizes else left // blocks // group.size())
+        if left != local_of(parameter).shape[dim]:
+            raise CompressionError(
+                f"{name}: this rank holds {local_of(parameter).shape[dim]} of {length} entries of "
+                f"dim {dim}, not the {left} that its placement tells."
+            )
+        found.append(Cut.of(splits, length) if splits else None)
     return tuple(found)
+
+
+def _sizes(length: int, ranks: int) -> tuple[int, ...] | None:
+    """What each rank gets of a length that does not divide, as ``torch.chunk`` cuts it."""
+    if length % ranks == 0:
+        return None
+    longest = -(-length // ranks)
+    return tuple(max(0, min(longest, length - rank * longest)) for rank in range(ranks))
 
 
 def _placements(
     root: nn.Module, name: str, parameter: Tensor
-) -> list[tuple[Placement, dist.ProcessGroup, tuple[int, ...] | None]]:
+) -> list[tuple[Placement, dist.ProcessGroup]]:
+    """Those that cut it, with the ranks, in the order of mesh dims."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
         return [
-            (placement, mesh.get_group(axis), shard_sizes(parameter, placement, mesh.size(axis)))
+            (placement, mesh.get_group(axis))
             for axis, placement in enumerate(parameter.placements)
             if is_sharded(placement) and mesh.size(axis) > 1
         ]
     group, placement = groups_of(root).get("tp"), parameter_placement(root, name, parameter)
     if group is None or placement is None or not is_sharded(placement):
         return []
-    return [(placement, group, None)]
+    return [(placement, group)]
 
 
 def is_local(rotation: Rotation, cut: Cut | None, positions: Tensor | None = None) -> bool:
