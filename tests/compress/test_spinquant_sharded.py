@@ -136,6 +136,14 @@ def test_other_matrices(how: dict[str, Any], tmp_path: Path) -> None:
             assert found["writing"] == {"_allgather_base_": 2}  # each layer's weight, once
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+def test_tied_embeddings(kind: str, tmp_path: Path) -> None:
+    """Catches a head that stays tied to an embedding that is cut, or is untied to a whole one."""
+    build(kind).save_pretrained(tmp_path)
+    each = [{"rotations": SUBSETS[-1]}]
+    _check(run_ranks(_transformers, 2, tmp_path, {}, each), {"kind": kind}, each)
+
+
 def _refused(folder: Path) -> Any:
     model, rank = _sharded(folder), dist.get_rank()
     down = model.model.layers[1].mlp.down_proj.weight

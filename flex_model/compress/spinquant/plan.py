@@ -13,7 +13,7 @@ from flex_model.compress.spinquant.choice import Choice
 from flex_model.compress.spinquant.mapping import Found
 from flex_model.compress.spinquant.norms import norm_kind
 from flex_model.compress.spinquant.orthogonal import Rotation
-from flex_model.compress.spinquant.sharded import cuts_of
+from flex_model.compress.spinquant.sharded import Cut, cuts_of
 from flex_model.compress.spinquant.steps import Centre, Scale, Step, Turn, Weight
 from flex_model.errors import CompressionError
 from flex_model.layouts.fused import features_of
@@ -41,6 +41,7 @@ class Model:
         self.root = root
         self.found = found
         self.modules = dict(named_modules(root))
+        self._cuts: dict[str, tuple[Cut | None, ...]] = {}
         self.norms = {name: norm_kind(self.modules[name], name) for name in found.norms}
         self._check_spread()
         self._check_parameters()
@@ -74,7 +75,9 @@ class Model:
         """A parameter of a module."""
         parameter: Any = getattr(self.modules[name], own)
         path = f"{name}.{own}"
-        return Weight(path, parameter, cuts_of(self.root, path, parameter))
+        if path not in self._cuts:  # walks the whole model
+            self._cuts[path] = cuts_of(self.root, path, parameter)
+        return Weight(path, parameter, self._cuts[path])
 
     def has_bias(self, name: str) -> bool:
         return getattr(self.modules[name], "bias", None) is not None
