@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from spin_models import HEAD_DIM, SUBSETS, build, ids, logits
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -283,3 +284,24 @@ def test_outputs_and_gradients_are_those_of_the_dense_product(
     due = torch.stack([whole @ matrix, weights @ matrix.T])
     for found in run_ranks(_along, ranks, length, rotation, blocks):
         assert relative_error(found, due) <= 1e-12
+
+
+def _not_managed() -> list[str]:
+    from frameworks import fsdp_llama
+
+    found = []
+    tied, layered = build("qwen3"), build("opt")
+    with fsdp_llama.first_generation(True) as made:
+        for model in (made.module, fully_shard(tied), fully_shard(layered)):
+            with pytest.raises(FlexModelError) as raised:
+                rotate(model, rotations=("R1",))
+            found.append(str(raised.value))
+    return found
+
+
+def test_fully_sharded_models_that_are_refused() -> None:
+    """Catches parts of flat tensors rotated as weights, and parameters that FSDP2 never sees."""
+    for flat, tied, layered in run_ranks(_not_managed, 2):
+        assert "FSDP1 keeps weights" in flat
+        assert "FSDP2 manages" in tied
+        assert "FSDP2 manages" in layered
