@@ -9,6 +9,7 @@ from flex_model.compress.lifecycle import Lifecycle
 from flex_model.compress.modifier import Modifier, ModifierInterface
 from flex_model.compress.modifiers import GroupsModifier, ScoreModifier, SparsifyModifier
 from flex_model.compress.recipe import modifiers_of
+from flex_model.compress.spinquant.modifier import SpinQuantModifier
 from flex_model.compress.state import State
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ModifierInterface",
     "ScoreModifier",
     "SparsifyModifier",
+    "SpinQuantModifier",
     "State",
     "modifiers_of",
 ]

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from flex_model.compress.modifier import Modifier
 from flex_model.compress.modifiers import GroupsModifier, ScoreModifier, SparsifyModifier
+from flex_model.compress.spinquant.modifier import SpinQuantModifier
 from flex_model.errors import CompressionError
 
 __all__ = ["KINDS", "modifiers_of"]
@@ -20,6 +21,7 @@ KINDS: Mapping[str, type[Modifier]] = {
     "groups": GroupsModifier,
     "score": ScoreModifier,
     "sparsify": SparsifyModifier,
+    "spinquant": SpinQuantModifier,
 }
 
 
@@ -31,7 +33,7 @@ def modifiers_of(
 
     Args:
         recipe: a list of ``{kind: fields}``, as an OmegaConf list, plain, or a YAML file's path.
-        kinds: modifiers of the caller's by name, besides "groups", "score" and "sparsify".
+        kinds: modifiers of the caller's by name, besides `KINDS`.
 
     Raises:
         CompressionError: no such kind, or fields that a kind does not take, all of them named.
