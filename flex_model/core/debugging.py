@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flex_model.core.hook_function import Edit
 from flex_model.core.local_shard import LocalShard
 from flex_model.core.randomness import repeated
 from flex_model.core.session import Session
@@ -118,5 +119,5 @@ def _has_nan(value: Any) -> bool:
 
 
 def _name(invoke: Any) -> str:
-    function = invoke.args[0] if hasattr(invoke, "args") else invoke
-    return getattr(function, "__name__", repr(function))
+    edit: Edit = invoke.args[0]
+    return edit.name
