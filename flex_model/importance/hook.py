@@ -22,7 +22,7 @@ from flex_model.core.unpacking import tensors_in
 from flex_model.errors import ImportanceError
 from flex_model.importance import files
 from flex_model.importance.activation import Activation, PaddingMask
-from flex_model.importance.layer import plain_shard
+from flex_model.importance.layer import PlainCut, plain_cut, plain_shard
 from flex_model.importance.sharded_sum import ShardedSum
 from flex_model.layouts.sources import Side
 
@@ -57,6 +57,7 @@ class ForwardHook(ABC):
         self.mask: PaddingMask | None = None
         self._noted: Tensor | None = None
         self.name = ""
+        self._cuts: dict[tuple[nn.Module, Side, int, int], PlainCut] = {}
         self._input: Activation | None = None
 
     # -- what each kind of hook does -----------------------------------------------------------
@@ -125,7 +126,8 @@ class ForwardHook(ABC):
         kwargs, output = rest if len(rest) > 1 else ({}, rest[0])
         seen = {}
         if "input" in self.watches:
-            seen["input"] = self._plain(module, "input", (args, kwargs))
+            first = args[0] if args and isinstance(args[0], Tensor) else (args, kwargs)
+            seen["input"] = self._plain(module, "input", first)
         if "output" in self.watches:
             seen["output"] = self._plain(module, "output", output)
         with torch.no_grad(), _exact(_device(seen)):
@@ -139,9 +141,13 @@ class ForwardHook(ABC):
                 "Where a layer is called by keywords alone, register the hook with_kwargs=True."
             )
         tensor = tensor.detach()
-        shard = plain_shard(module, side, tensor, self._group())
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return Activation(local, shard, self.mask, self.sequence_dim)
+        if isinstance(tensor, DTensor):
+            shard = plain_shard(module, side, tensor, self._group())
+            return Activation(tensor.to_local(), shard, self.mask, self.sequence_dim)
+        known = (module, side, tensor.ndim, tensor.shape[-1])
+        if known not in self._cuts:  # asking the frameworks takes longer than many a layer
+            self._cuts[known] = plain_cut(module, side, tensor, self._group())
+        return Activation(tensor, self._cuts[known].of(tensor), self.mask, self.sequence_dim)
 
     def _group(self) -> ProcessGroup | None:
         """Ranks over which channels are cut where the layer does not tell; None if they are not."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -17,8 +19,8 @@ from flex_model.layouts.layout import ActivationLayout, DimLayout, is_sharded, s
 from flex_model.layouts.resolve import groups_of, parameter_placement, tell
 from flex_model.layouts.sources import Side, Site, loaded
 
-__all__ = ["bias_added", "channels_of", "megatron_group", "plain_shard", "weight_of"]
-__all__ += ["whole_channels"]
+__all__ = ["bias_added", "channels_of", "megatron_group", "plain_cut", "plain_shard"]
+__all__ += ["PlainCut", "weight_of", "whole_channels"]
 
 
 def channels_of(layer: nn.Module) -> int:
@@ -96,11 +98,35 @@ def plain_shard(
     """
     if isinstance(tensor, DTensor):
         return _of_dtensor(tensor)
+    return plain_cut(module, side, tensor, default).of(tensor)
+
+
+@dataclass(frozen=True)
+class PlainCut:
+    """How a layer's plain tensors lie over the tensor-parallel ranks.
+
+    Attributes:
+        layout: of them.
+        mesh: those ranks.
+    """
+
+    layout: ActivationLayout
+    mesh: ParallelMesh
+
+    def of(self, tensor: Tensor) -> LocalShard:
+        """The part of the whole that one of them is."""
+        return LocalShard(tensor.shape, self.layout, self.mesh)
+
+
+def plain_cut(
+    module: nn.Module, side: Side, tensor: Tensor, default: ProcessGroup | None = None
+) -> PlainCut:
+    """See `plain_shard`; the same for all tensors of as many dims and channels."""
     group, placement = _told(module, side, tensor, default)
     if group is None or placement is None or not is_sharded(placement):
-        return LocalShard(tensor.shape, ActivationLayout(), ParallelMesh())
+        return PlainCut(ActivationLayout(), ParallelMesh())
     dim = DimLayout("tp", group.size(), placement, placement)
-    return LocalShard(tensor.shape, ActivationLayout((dim,)), _mesh({"tp": group}))
+    return PlainCut(ActivationLayout((dim,)), _mesh({"tp": group}))
 
 
 def _told(
