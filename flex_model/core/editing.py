@@ -97,8 +97,8 @@ class Editing:
             part = gather(current, split.gathered, mesh, self._memory)
             if number == 0:
                 record(None if split.local.dims else part)
-            before = _version(part)
-            edited = part if split.scale == 1.0 else part * split.scale
+            before, scale = _version(part), split.scale
+            edited = part if scale == 1.0 else part * scale
             for order, edit in group:
                 call = self._call(edit, edited, split.local)
                 with self._session.shared.over(split.local):
@@ -106,7 +106,7 @@ class Editing:
                         call, local, order, remember=remember, recompute=recompute
                     )
                 edited = self._checked(result, edited, edit, split.local)
-            edited = edited if split.scale == 1.0 else edited / split.scale
+            edited = edited if scale == 1.0 else edited / scale
             untouched = edited is part and before is not None and _version(part) == before
             if not untouched or (part.requires_grad and not split.gathered.told):
                 current = reshard(edited, split.gathered, mesh, self._memory)
@@ -139,7 +139,8 @@ class Editing:
         session = self._session
         split = _Split(*edit.needs.split(layout, local.ndim))
         part = assemble(local.detach(), split.gathered, session.mesh)
-        part = part if split.scale == 1.0 else part * split.scale
+        scale = split.scale
+        part = part if scale == 1.0 else part * scale
         shard = LocalShard(part.shape, split.local, session.mesh)
         return partial(self._invoke, edit, part, shard, session.save_ctx), part, split
 

@@ -52,8 +52,11 @@ class SharedModules:
     @contextmanager
     def over(self, local: ActivationLayout) -> Iterator[None]:
         """While inside, gradients of the modules add up over the mesh dims of a shard."""
+        if not local.dims or not torch.is_grad_enabled():
+            yield
+            return
         training = {n: p for n, p in self._modules.named_parameters() if p.requires_grad}
-        if not local.dims or not training or not torch.is_grad_enabled():
+        if not training:
             yield
             return
         names = tuple(dim.name for dim in local.dims)
